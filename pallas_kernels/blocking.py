@@ -1,0 +1,46 @@
+"""Running a function over blocks of queries, so that its intermediates never exist for all of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+WORKSPACE_BYTES = 256 * 2**20  # what one block of an ``xla`` implementation may hold
+
+
+def block_size(n_queries: int, bytes_per_query: int) -> int:
+    """The largest power of two of queries whose workspace stays below WORKSPACE_BYTES (at least 1)."""
+    block = 1
+    while block < n_queries and 2 * block * bytes_per_query <= WORKSPACE_BYTES:
+        block *= 2
+    return min(block, n_queries)
+
+
+def split_queries(array: jax.Array, block: int) -> jax.Array:
+    """[B T ...] -> [T/block B block ...]; T is padded up with 0, or -1 for integers (which mean "no key")."""
+    padding = -array.shape[1] % block
+    if padding:
+        widths = [(0, 0), (0, padding)] + [(0, 0)] * (array.ndim - 2)
+        fill = -1 if jnp.issubdtype(array.dtype, jnp.integer) else 0
+        array = jnp.pad(array, widths, constant_values=fill)
+    return jnp.moveaxis(array.reshape(array.shape[0], -1, block, *array.shape[2:]), 1, 0)
+
+
+def join_queries(blocks: jax.Array, n_queries: int) -> jax.Array:
+    """[T/block B block ...] -> [B T ...], the inverse of split_queries."""
+    joined = jnp.moveaxis(blocks, 0, 1)
+    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :n_queries]
+
+
+def map_query_blocks(function: Callable[..., Any], block: int, *arrays: jax.Array) -> Any:
+    """``function(*arrays)``, where axis 1 of every argument and result is T, ``block`` queries at a time.
+
+    One block is alive at a time, in the backward pass too if ``function`` is wrapped in jax.checkpoint.
+    """
+    n_queries = arrays[0].shape[1]
+    if n_queries <= block:
+        return function(*arrays)
+    blocks = lax.map(lambda xs: function(*xs), tuple(split_queries(array, block) for array in arrays))
+    return jax.tree.map(lambda y: join_queries(y, n_queries), blocks)

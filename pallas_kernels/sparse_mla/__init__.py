@@ -1,0 +1,89 @@
+"""sparse_mla: multi-query attention over the selected latents, with its gradient."""
+
+import functools
+from typing import Any
+
+import jax
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.sparse_mla import xla
+
+_FORWARD = {"xla": xla.forward}
+_BACKWARD = {"xla": xla.backward}
+
+
+def sparse_mla(
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    latent: jax.Array,
+    k_rope: jax.Array,
+    topk_indices: jax.Array,
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of every query over its own list of keys; the latent is both key and value.
+
+    Equivalent to, for one query with its valid indices ``i``:
+
+        logits = (q_latent @ latent[i].T + q_rope @ k_rope[i].T) * scale     # [N K]
+        out, lse = softmax(logits) @ latent[i], logsumexp(logits)            # [N C], [N]
+
+    A query without a valid index gives out = 0 and lse = -inf, and gradients of 0. Logits, softmax and
+    accumulation are float32. Differentiable (reverse mode) in q_latent, q_rope, latent and k_rope, through
+    ``out`` and ``lse``; gradients of the keys are accumulated in float32. Each index may occur once a row.
+
+    Args:
+      q_latent: [B T N C] queries absorbed into the latent space (q_nope W_uk).
+      q_rope: [B T N R] rotated part of the queries.
+      latent: [B S C] normalised compressed keys and values, shared by all heads.
+      k_rope: [B S R] rotated keys, shared by all heads.
+      topk_indices: [B T K] int32, each -1 (no key) or in [0, S); -1 may stand anywhere.
+      scale: softmax scale, ``ModelConfig.softmax_scale``.
+      implementation: see ``pallas_kernels.dispatch``; the gradient is dispatched in the same way.
+
+    Returns:
+      out [B T N C] in the dtype of q_latent; lse [B T N] float32, natural logarithm.
+
+    Raises:
+      ValueError: shapes or dtypes contradict each other.
+
+    Source: DeepSeek-V3.2-Exp report, eq. (2), section 2.1 (MQA mode of MLA).
+    """
+    if q_latent.ndim != 4:
+        raise ValueError(f"q_latent must have shape [B T N C], got {q_latent.shape}")
+    B, T, N, C = q_latent.shape
+    S, R = latent.shape[1], q_rope.shape[-1]
+    for name, array, expected in (
+        ("q_rope", q_rope, (B, T, N, R)),
+        ("latent", latent, (B, S, C)),
+        ("k_rope", k_rope, (B, S, R)),
+        ("topk_indices", topk_indices, (B, T, topk_indices.shape[-1])),
+    ):
+        if array.shape != expected:
+            raise ValueError(f"{name} must have shape {expected} to match q_latent {q_latent.shape}, "
+                             f"got {array.shape}")  # fmt: skip
+    if not q_latent.dtype == q_rope.dtype == latent.dtype == k_rope.dtype:
+        dtypes = [str(x.dtype) for x in (q_latent, q_rope, latent, k_rope)]
+        raise ValueError(f"q_latent, q_rope, latent and k_rope must have one dtype, got {dtypes}")
+    return _attend(scale, implementation, q_latent, q_rope, latent, k_rope, topk_indices)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(scale: float, implementation: str | None, *arrays: jax.Array) -> Any:
+    return dispatch("sparse_mla", _FORWARD, implementation, *arrays, scale=scale)
+
+
+def _attend_forward(scale: float, implementation: str | None, *arrays: jax.Array) -> Any:
+    out, lse = _attend(scale, implementation, *arrays)
+    return (out, lse), (*arrays, out, lse)
+
+
+def _attend_backward(scale: float, implementation: str | None, residuals: Any, cotangents: Any) -> Any:
+    gradients = dispatch(
+        "sparse_mla gradient", _BACKWARD, implementation, *residuals, *cotangents, scale=scale
+    )
+    return (*gradients, None)  # topk_indices are integers
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,99 @@
+"""Argument checks, dispatch, and what one block of queries may hold."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import blocking
+from pallas_kernels.dispatch import dispatch
+
+
+def zeros(*shape, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+def test_contradicting_arguments_are_refused_with_both_values():
+    q, k, w, i = zeros(1, 4, 2, 8), zeros(1, 6, 8), zeros(1, 4, 2), zeros(1, 4, dtype=jnp.int32)
+    with pytest.raises(ValueError, match=r"k must have shape \(1, 6, 8\).*got \(1, 6, 7\)"):
+        pk.index_scores(q, zeros(1, 6, 7), w, i, i)
+    with pytest.raises(ValueError, match="one dtype, got float32 and bfloat16"):
+        pk.index_scores(q, k.astype(jnp.bfloat16), w, i, i)
+    with pytest.raises(ValueError, match=r"weights must have shape \(1, 4, 2\).*got \(1, 4, 3\)"):
+        pk.index_scores(q, k, zeros(1, 4, 3), i, i)
+    with pytest.raises(ValueError, match="k must be at least 1, got k=0"):
+        pk.select_topk(zeros(1, 4, 6), 0)
+    with pytest.raises(ValueError, match="given together"):
+        pk.select_topk(zeros(1, 4, 6), 1, key_start=i)
+    with pytest.raises(ValueError, match=r"q_rope must have shape \(1, 4, 2, 3\).*got \(1, 5, 2, 3\)"):
+        pk.sparse_mla(q, zeros(1, 5, 2, 3), k, zeros(1, 6, 3), zeros(1, 4, 2, dtype=jnp.int32), scale=1.0)
+    with pytest.raises(ValueError, match="one dtype"):
+        pk.sparse_mla(
+            q,
+            zeros(1, 4, 2, 3),
+            k.astype(jnp.bfloat16),
+            zeros(1, 6, 3),
+            zeros(1, 4, 2, dtype=jnp.int32),
+            scale=1.0,
+        )
+
+
+def test_a_name_is_an_order():
+    with pytest.raises(ValueError, match="must be None or one of"):
+        pk.select_topk(zeros(1, 1, 2), 1, implementation="cuda")
+    with pytest.raises(NotImplementedError, match="has no 'mosaic_tpu' implementation yet"):
+        dispatch("operation", {"xla": int}, "mosaic_tpu")
+
+
+def test_none_is_a_wish_and_says_once_why_it_was_not_granted(monkeypatch, caplog):
+    def refuse(x):
+        raise NotImplementedError("only multiples of 64")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for _ in range(2):
+        assert dispatch("an operation", {"xla": abs, "mosaic_gpu": refuse}, None, -3) == 3
+    assert [r.message for r in caplog.records] == [
+        "an operation: using 'xla', because 'mosaic_gpu' cannot: only multiples of 64"
+    ]
+    with pytest.raises(NotImplementedError, match="only multiples of 64"):
+        dispatch("an operation", {"xla": abs, "mosaic_gpu": refuse}, "mosaic_gpu", -3)
+
+
+@pytest.mark.parametrize("n_queries", [1, 3, 4, 5, 8])
+def test_blocks_join_to_the_whole(n_queries):
+    x = jnp.arange(2 * n_queries * 3.0).reshape(2, n_queries, 3)
+    i = jnp.arange(2 * n_queries).reshape(2, n_queries)
+    doubled, index = blocking.map_query_blocks(lambda x, i: (2 * x, i), 4, x, i)
+    assert (doubled == 2 * x).all() and (index == i).all()
+
+
+def test_padding_queries_have_no_keys():
+    assert blocking.split_queries(jnp.zeros((1, 3), jnp.int32), 4).tolist() == [[[0, 0, 0, -1]]]
+
+
+@pytest.mark.parametrize("T", [1024, 4096])
+def test_workspace_does_not_grow_with_the_number_of_queries(T):
+    """[T S I] float32 would be 2 GiB at T = 4096; [T K C] 1 GiB."""
+    S, I, J, N, C, R, K = 2048, 64, 32, 16, 128, 32, 512
+    shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+    bounds = shape(1, T, dtype=jnp.int32)
+    score = jax.jit(lambda *a: pk.index_scores(*a, implementation="xla"))
+    attend = jax.jit(lambda *a: pk.sparse_mla(*a, scale=1.0, implementation="xla"))
+    for function, arguments in (
+        (score, (shape(1, T, I, J), shape(1, S, J), shape(1, T, I), bounds, bounds)),
+        (
+            attend,
+            (
+                shape(1, T, N, C),
+                shape(1, T, N, R),
+                shape(1, S, C),
+                shape(1, S, R),
+                shape(1, T, K, dtype=jnp.int32),
+            ),
+        ),
+    ):
+        memory = function.lower(*arguments).compile().memory_analysis()
+        moved = (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes
+        )  # splitting into blocks may copy these
+        assert memory.temp_size_in_bytes - moved < 3 * blocking.WORKSPACE_BYTES
