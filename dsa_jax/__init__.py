@@ -1,0 +1,25 @@
+"""DeepSeek-V3.2 with DeepSeek Sparse Attention, in JAX and Flax."""
+
+from dsa_jax.cache import Cache, init_cache
+from dsa_jax.checkpoint import load_config, load_params, write_hf
+from dsa_jax.config import Fp8Config, ModelConfig, YarnConfig, deepseek_v32, glm5, tiny
+from dsa_jax.generate import Sampling, generate, stream
+from dsa_jax.transformer import Transformer
+
+__all__ = [
+    "Cache",
+    "Fp8Config",
+    "ModelConfig",
+    "Sampling",
+    "Transformer",
+    "YarnConfig",
+    "deepseek_v32",
+    "generate",
+    "glm5",
+    "init_cache",
+    "load_config",
+    "load_params",
+    "stream",
+    "tiny",
+    "write_hf",
+]

@@ -1,0 +1,189 @@
+"""Text generation: chunked prefill, then one token a step, through the same model function."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.cache import Cache, init_cache
+from dsa_jax.config import ModelConfig
+from dsa_jax.transformer import Transformer
+
+CAPACITY_STEP = 64  # cache sizes are rounded up to this, so that nearby lengths share one compilation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn. temperature 0 is greedy, top_k 0 and top_p 1 keep every token."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be within (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0 (0 keeps every token), got {self.top_k}")
+
+
+def generate(
+    params: Any,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop_tokens: Sequence[int] = (),
+    prefill_chunk: int = 1024,
+) -> list[list[int]]:
+    """The new tokens of each prompt, the stop token included if one came. See ``stream``."""
+    new: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(
+        params,
+        config,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        prefill_chunk=prefill_chunk,
+    ):
+        for row, token in zip(new, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return new
+
+
+def stream(
+    params: Any,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop_tokens: Sequence[int] = (),
+    prefill_chunk: int = 1024,
+) -> Iterator[list[int | None]]:
+    """Yields, step by step, the next token of each row; None for a row that has finished.
+
+    Prompts may differ in length; each row gives what it would give alone. Rows of one batch draw from
+    their own random keys, so a row's sample depends on the seed and its row number only.
+
+    Args:
+      params: ``{"params": ...}`` as ``load_params`` or ``Transformer.init`` return them.
+      prompts: token ids, at least one each.
+      max_new_tokens: >= 1.
+      stop_tokens: a row that produces one of these is finished.
+      prefill_chunk: how many prompt tokens one prefill call processes; bounds memory, changes no result.
+
+    Raises:
+      ValueError: empty prompt, id outside the vocabulary, prompt + max_new_tokens over max_seq_len.
+    """
+    lengths = _check(prompts, config, max_new_tokens, prefill_chunk)
+    B, longest = len(prompts), max(lengths)
+    chunk = min(prefill_chunk, -(-longest // CAPACITY_STEP) * CAPACITY_STEP)
+    padded = -(-longest // chunk) * chunk
+    tokens, segment_ids = np.zeros((B, padded), np.int32), np.zeros((B, padded), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)], segment_ids[row, : len(prompt)] = prompt, 1
+
+    capacity = -(-(longest + max_new_tokens) // CAPACITY_STEP) * CAPACITY_STEP
+    cache = init_cache(config, B, min(capacity, config.max_seq_len))
+    logits = jnp.zeros((B, config.vocab_size), jnp.float32)
+    prefill, decode = _steps(config)
+    for begin in range(0, padded, chunk):
+        part = slice(begin, begin + chunk)
+        logits, cache = prefill(params, tokens[:, part], segment_ids[:, part], cache, logits)
+
+    keys = jax.random.split(jax.random.key(sampling.seed), B)
+    unseeded = replace(sampling, seed=0)  # a static argument: another seed must not compile again
+    active = np.ones(B, bool)
+    for step in range(max_new_tokens):
+        chosen, keys = _draw(logits, keys, unseeded)
+        drawn = np.asarray(chosen)
+        yield [int(token) if live else None for token, live in zip(drawn, active, strict=True)]
+        active &= ~np.isin(drawn, list(stop_tokens))
+        if not active.any() or step == max_new_tokens - 1:
+            return
+        logits, cache = decode(params, chosen, active, cache)
+
+
+def _check(
+    prompts: Sequence[Sequence[int]], config: ModelConfig, max_new_tokens: int, prefill_chunk: int
+) -> list[int]:
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    if max_new_tokens < 1 or prefill_chunk < 1:
+        raise ValueError(
+            f"max_new_tokens and prefill_chunk must be at least 1, got {max_new_tokens=} {prefill_chunk=}"
+        )
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {row} must hold at least one token, got none")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            bad = next(t for t in prompt if not 0 <= t < config.vocab_size)
+            raise ValueError(
+                f"prompt {row}: token ids must be within 0 .. {config.vocab_size - 1}, got {bad}"
+            )
+        if len(prompt) + max_new_tokens > config.max_seq_len:
+            raise ValueError(
+                f"prompt {row}: {len(prompt)} tokens + max_new_tokens={max_new_tokens} exceed "
+                f"max_seq_len={config.max_seq_len}; shorten the prompt or ask for fewer tokens"
+            )
+    return [len(prompt) for prompt in prompts]
+
+
+@functools.lru_cache(maxsize=8)
+def _steps(config: ModelConfig) -> tuple[Any, Any]:
+    model = Transformer(config)
+
+    @functools.partial(jax.jit, donate_argnums=(3, 4))
+    def prefill(
+        params: Any, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Cache, last: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """``last`` becomes the logits of a row's last token where this chunk holds it."""
+        real = segment_ids != 0
+        at = jnp.maximum(real.sum(axis=1) - 1, 0)
+        logits, new_cache, _ = model.apply(params, tokens, segment_ids=segment_ids, cache=cache, logits_at=at)
+        return jnp.where(real.any(axis=1)[:, None], logits[:, 0], last), new_cache
+
+    @functools.partial(jax.jit, donate_argnums=(3,))
+    def decode(params: Any, chosen: jax.Array, active: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """A finished row is fed padding, which takes no slot."""
+        segment_ids = active.astype(jnp.int32)[:, None]
+        logits, new_cache, _ = model.apply(params, chosen[:, None], segment_ids=segment_ids, cache=cache)
+        return logits[:, 0], new_cache
+
+    return prefill, decode
+
+
+@functools.partial(jax.jit, static_argnames="sampling")
+def _draw(
+    logits: Float[Array, "B V"], keys: jax.Array, sampling: Sampling
+) -> tuple[Int[Array, " B"], jax.Array]:
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1), keys
+    now, later = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    return jax.vmap(jax.random.categorical)(now, truncate(logits, sampling)), later
+
+
+def truncate(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """logits / temperature, with -inf for what top_k and then top_p leave out (the best token always stays)."""
+    logits = logits / sampling.temperature
+    order = jnp.argsort(-logits, axis=-1)  # stable: of equal logits the lowest id first
+    rank = jnp.argsort(order, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    if sampling.top_k:
+        ranked = jnp.where(jnp.arange(ranked.shape[-1]) < sampling.top_k, ranked, -jnp.inf)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (before < sampling.top_p) & (ranked > -jnp.inf)
+    return jnp.where(jnp.take_along_axis(kept, rank, axis=-1), logits, -jnp.inf)

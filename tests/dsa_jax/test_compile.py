@@ -1,0 +1,97 @@
+"""What compiles, for which chip, and how much memory it asks for. Nothing here is run."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsa_jax.cache import init_cache, place
+from dsa_jax.config import deepseek_v32, tiny
+from dsa_jax.mla import Mla, attend, compress
+from dsa_jax.rope import rotation
+from dsa_jax.transformer import Transformer
+
+CHIPS = {"v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
+
+
+@functools.cache
+def one_chip(name):
+    """A sharding onto one chip of a TPU topology that need not exist here."""
+    pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'dsa-jax[tpu]'")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[name])
+    mesh = jax.sharding.Mesh(topology.devices[:1], ("chip",))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def compiled_for(chip, function, *arguments):
+    where = one_chip(chip)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), arguments)
+    return jax.jit(function).trace(*abstract).lower(lowering_platforms=("tpu",)).compile()
+
+
+def abstract_model(config, T):
+    model, tokens = Transformer(config), jax.ShapeDtypeStruct((1, T), jnp.int32)
+    return model, jax.eval_shape(model.init, jax.random.key(0), tokens), tokens
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("form", ["mha", "mqa"])
+def test_forward_decode_and_gradient_compile_for_tpu(chip, form):
+    config = tiny(attention_form=form, index_fp8=True, kv_fp8=True)
+    model, params, tokens = abstract_model(config, 128)
+    compiled_for(chip, model.apply, params, tokens)
+
+    cache = jax.eval_shape(lambda: init_cache(config, 1, 256))
+    step = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    compiled_for(chip, lambda p, t, c: model.apply(p, t, cache=c)[:2], params, step, cache)
+
+    def loss(params, tokens):
+        log_p = jax.nn.log_softmax(model.apply(params, tokens)[0][:, :-1])
+        return -jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1).mean()
+
+    compiled_for(chip, jax.grad(loss), params, tokens)
+
+
+def attention_layer(config):
+    """(function, abstract arguments) of one attention layer, from normalised input to wo."""
+
+    def layer(parameters, x):
+        placement, _ = place(jnp.ones(x.shape[:2], jnp.int32), None)
+        rope = rotation(placement.positions, config)
+        q_compressed, keys = compress(x, rope, parameters, config)
+        return attend(x, q_compressed, keys, rope, placement, parameters, config)[0]
+
+    declare = lambda: Mla(config).init(jax.random.key(0))["params"]  # noqa: E731
+    parameters = jax.eval_shape(lambda: Mla(config).apply({"params": declare()}))
+    return layer, parameters
+
+
+def test_sparse_attention_of_32768_tokens_stays_below_4_gib():
+    """One V3.2 layer: 128 heads, 64 index heads, top 2048. Scores of all heads alone would be 256 GiB."""
+    config = deepseek_v32(attention_form="mqa", query_block=256, param_dtype="bfloat16")
+    layer, parameters = attention_layer(config)
+    x = jax.ShapeDtypeStruct((1, 32768, config.d_model), jnp.bfloat16)
+    memory = jax.jit(layer).lower(parameters, x).compile().memory_analysis()
+    print(f"temporaries: {memory.temp_size_in_bytes / 2**30:.2f} GiB")
+    assert memory.temp_size_in_bytes < 4 * 2**30
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("chip", CHIPS)
+def test_one_layer_of_the_released_model_compiles_for_tpu(chip):
+    """A whole MoE layer at V3.2's sizes, 4096 tokens, so that the indexer selects 2048 of 4096 keys."""
+    config = dataclasses.replace(
+        deepseek_v32(attention_form="mqa", param_dtype="bfloat16", n_mtp_layers=0),
+        n_layers=1,
+        n_dense_layers=0,
+        vocab_size=1024,
+    )
+    model, params, tokens = abstract_model(config, 4096)
+    memory = compiled_for(chip, model.apply, params, tokens).memory_analysis()
+    print(f"{chip}: temporaries {memory.temp_size_in_bytes / 2**30:.2f} GiB")
+    assert memory.temp_size_in_bytes < 16 * 2**30
