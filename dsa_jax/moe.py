@@ -105,8 +105,11 @@ def moe(
     tokens = x.reshape(B * T, D)[by_expert // A]
     group_sizes = jnp.bincount(experts.reshape(-1), length=config.n_routed_experts).astype(jnp.int32)
 
+    # "highest" as JAX's default precision is for float32; the TPU's grouped product refuses it for bfloat16.
+    precision = None if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+
     def grouped(rows: jax.Array, weight: jax.Array | Fp8Weight) -> jax.Array:
-        return lax.ragged_dot(rows, as_matrix(weight, rows.dtype), group_sizes)
+        return lax.ragged_dot(rows, as_matrix(weight, rows.dtype), group_sizes, precision=precision)
 
     routed = parameters["experts"]
     hidden = _activate(grouped(tokens, routed["w_gate"]), grouped(tokens, routed["w_up"]))

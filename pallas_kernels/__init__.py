@@ -4,6 +4,7 @@
     select_topk    the index_topk best keys of each query               the fine-grained selector
     sparse_mla     attention of absorbed queries over those latents     MLA in its MQA form
     masked_mha     attention of expanded heads, dense or masked         MLA in its MHA form
+    index_kl       KL between attention and index scores, its gradient  how the indexer is trained
 
 Each operation is a package: ``__init__`` holds the public function (its contract, its argument checks),
 ``xla`` the portable implementation, ``mosaic_gpu`` and ``mosaic_tpu`` the kernels. The keyword
@@ -22,9 +23,10 @@ side and caches, and lets a kernel skip whole blocks. A query with an empty inte
 A missing key is ``-1`` in ``topk_indices``, and nothing else means missing.
 """
 
+from pallas_kernels.index_kl import index_kl_dense, index_kl_selected
 from pallas_kernels.index_scores import index_scores
 from pallas_kernels.masked_mha import masked_mha
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.sparse_mla import sparse_mla
 
-__all__ = ["index_scores", "masked_mha", "select_topk", "sparse_mla"]
+__all__ = ["index_kl_dense", "index_kl_selected", "index_scores", "masked_mha", "select_topk", "sparse_mla"]

@@ -1,6 +1,7 @@
 """Which implementation of an operation runs: a name is an order, ``None`` is a wish."""
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,10 @@ import jax
 
 NAMES = ("xla", "mosaic_gpu", "mosaic_tpu")
 PREFERRED = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}  # by jax.default_backend()
+
+# Kernels whose present source has not passed its tests on hardware (docs/benchmarks.md says what did run): they
+# run when named, never by default.
+UNPROVED = frozenset((operation, "mosaic_gpu") for operation in ("index_scores", "select_topk", "sparse_mla"))
 
 _logger = logging.getLogger(__name__)
 
@@ -23,8 +28,8 @@ def dispatch(
     """Call one of ``implementations`` (name -> function) with the remaining arguments.
 
     A named implementation runs or its NotImplementedError reaches the caller. ``None`` takes the kernel
-    written for the default backend and falls back to ``xla`` when there is none or it refuses these
-    arguments; the reason is logged once.
+    written for the default backend and falls back to ``xla`` when there is none, when it is not proved on
+    hardware, or when it refuses these arguments; the reason is logged once.
 
     Raises:
       ValueError: ``implementation`` is not a known name.
@@ -38,7 +43,11 @@ def dispatch(
         return implementations[implementation](*args, **kwargs)
 
     kernel = PREFERRED.get(jax.default_backend())
-    if kernel is not None and kernel in implementations:
+    if (operation, kernel) in UNPROVED:
+        _log_once(
+            f"{operation}: using 'xla', because {kernel!r} has not run on hardware yet; name it to try it"
+        )
+    elif kernel is not None and kernel in implementations:
         try:
             return implementations[kernel](*args, **kwargs)
         except NotImplementedError as refusal:
@@ -46,6 +55,23 @@ def dispatch(
     elif kernel is not None:
         _log_once(f"{operation}: using 'xla', because there is no {kernel!r} implementation yet")
     return implementations["xla"](*args, **kwargs)
+
+
+def lazy(module: str, function: str) -> Callable[..., Any]:
+    """``module.function``, imported at the first call: a machine without the backend's compiler imports nothing.
+
+    Raises (when called):
+      NotImplementedError: the module cannot be imported here; the message says what is missing.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            implementation = getattr(importlib.import_module(module), function)
+        except ImportError as missing:
+            raise NotImplementedError(f"{module} cannot be imported: {missing}") from missing
+        return implementation(*args, **kwargs)
+
+    return call
 
 
 @functools.cache

@@ -2,19 +2,13 @@
 
 import jax
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import dispatch, lazy
 from pallas_kernels.index_scores import xla
 
-
-def _mosaic_gpu(*args):
-    try:
-        from pallas_kernels.index_scores import mosaic_gpu
-    except ImportError as missing:
-        raise NotImplementedError(f"Mosaic GPU is not installed: {missing}") from missing
-    return mosaic_gpu.index_scores(*args)
-
-
-_IMPLEMENTATIONS = {"xla": xla.index_scores, "mosaic_gpu": _mosaic_gpu}
+_IMPLEMENTATIONS = {
+    "xla": xla.index_scores,
+    "mosaic_gpu": lazy("pallas_kernels.index_scores.mosaic_gpu", "index_scores"),
+}
 
 
 def index_scores(

@@ -2,19 +2,13 @@
 
 import jax
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import dispatch, lazy
 from pallas_kernels.select_topk import xla
 
-
-def _mosaic_gpu(*args):
-    try:
-        from pallas_kernels.select_topk import mosaic_gpu
-    except ImportError as missing:
-        raise NotImplementedError(f"Mosaic GPU is not installed: {missing}") from missing
-    return mosaic_gpu.select_topk(*args)
-
-
-_IMPLEMENTATIONS = {"xla": xla.select_topk, "mosaic_gpu": _mosaic_gpu}
+_IMPLEMENTATIONS = {
+    "xla": xla.select_topk,
+    "mosaic_gpu": lazy("pallas_kernels.select_topk.mosaic_gpu", "select_topk"),
+}
 
 
 def select_topk(

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import dispatch, lazy
 from pallas_kernels.sparse_mla import xla
 
-_FORWARD = {"xla": xla.forward}
+_FORWARD = {"xla": xla.forward, "mosaic_gpu": lazy("pallas_kernels.sparse_mla.mosaic_gpu", "forward")}
 _BACKWARD = {"xla": xla.backward}
 
 

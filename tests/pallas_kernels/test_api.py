@@ -6,7 +6,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import blocking
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import dispatch, lazy
 
 
 def zeros(*shape, dtype=jnp.float32):
@@ -57,6 +57,20 @@ def test_none_is_a_wish_and_says_once_why_it_was_not_granted(monkeypatch, caplog
     ]
     with pytest.raises(NotImplementedError, match="only multiples of 64"):
         dispatch("an operation", {"xla": abs, "mosaic_gpu": refuse}, "mosaic_gpu", -3)
+
+
+def test_a_kernel_that_never_ran_on_hardware_runs_only_when_named(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("pallas_kernels.dispatch.UNPROVED", frozenset({("new operation", "mosaic_gpu")}))
+    table = {"xla": abs, "mosaic_gpu": float}
+    assert dispatch("new operation", table, None, -3) == 3
+    assert "has not run on hardware yet" in caplog.text
+    assert dispatch("new operation", table, "mosaic_gpu", -3) == -3.0
+
+
+def test_what_cannot_be_imported_is_not_implemented_here():
+    with pytest.raises(NotImplementedError, match="no_such_module cannot be imported: No module named"):
+        lazy("pallas_kernels.no_such_module", "forward")(1)
 
 
 @pytest.mark.parametrize("n_queries", [1, 3, 4, 5, 8])

@@ -1,0 +1,47 @@
+"""A weight that stays in FP8 in memory: float8_e4m3fn values with one float32 scale per 128 x 128 block.
+
+The released checkpoint is stored so; kept so, it takes half the memory of bfloat16. Such a leaf stands where
+a plain array would in the parameter tree and is dequantised inside each matrix product. It has no gradient.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fp8Weight:
+    """values [*stack In Out] float8_e4m3fn, scales [*stack ceil(In/128) ceil(Out/128)] float32."""
+
+    # The order counts: Linen compares the shape of a parameter's first leaf with the declared one. Any, because
+    # jax.tree functions put shapes, shardings and None in place of arrays.
+    values: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight itself."""
+        return self.values.shape
+
+    def dequantize(self, dtype: jnp.dtype) -> jax.Array:
+        """values * scale of their block, multiplied in float32 and then cast, as weight_dequant of inference/kernel.py does.
+
+        The last block of an axis may be ragged: the block size is never read off the shapes.
+        """
+        scales = self.scales
+        for axis, size in ((-2, self.shape[-2]), (-1, self.shape[-1])):
+            scales = jnp.repeat(scales, BLOCK, axis=axis)
+            scales = jax.lax.slice_in_dim(scales, 0, size, axis=scales.ndim + axis)
+        return (self.values.astype(jnp.float32) * scales).astype(dtype)
+
+
+jax.tree_util.register_dataclass(Fp8Weight, data_fields=["values", "scales"], meta_fields=[])
+
+
+def as_matrix(weight: "jax.Array | Fp8Weight", dtype: jnp.dtype) -> jax.Array:
+    """The weight as a plain array of this dtype, dequantised if it is kept in FP8."""
+    return weight.dequantize(dtype) if isinstance(weight, Fp8Weight) else weight.astype(dtype)

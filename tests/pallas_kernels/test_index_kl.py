@@ -1,0 +1,147 @@
+"""The indexer's loss: against autodiff of the written-out formula in float64, and against PyTorch's numbers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import blocking
+
+SCALE = 0.3
+
+
+def naive(q, k, weights, logits, seen, token_weights):
+    """Everything of size T x S x heads at once. logits [B T N S], seen [B T S]."""
+    a = jax.nn.softmax(jnp.where(seen[:, :, None], logits, -1e30), axis=-1)
+    p = jax.lax.stop_gradient(a.sum(axis=2) / a.sum(axis=(2, 3))[..., None])
+    scores = jnp.einsum("BTIS,BTI->BTS", jax.nn.relu(jnp.einsum("BTIJ,BSJ->BTIS", q, k)), weights)
+    log_q = jax.nn.log_softmax(jnp.where(seen, scores, -1e30), axis=-1)
+    kl = jnp.where(seen & (p > 0), p * (jnp.log(jnp.where(p > 0, p, 1.0)) - log_q), 0.0).sum(axis=-1)
+    return (token_weights * jnp.where(seen.any(-1), kl, 0.0)).sum()
+
+
+def case(rng, dtype, B=2, T=11, S=11, I=4, J=8, N=3, P=6, R=4, C=7, K=5):
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+    arrays = dict(
+        q=normal(B, T, I, J), k=normal(B, S, J), weights=normal(B, T, I),
+        q_nope=normal(B, T, N, P), q_rope=normal(B, T, N, R), k_nope=normal(B, S, N, P), k_rope=normal(B, S, R),
+        q_latent=normal(B, T, N, C), latent=normal(B, S, C),
+        token_weights=jnp.asarray(rng.uniform(0, 1, (B, T)), dtype),
+    )  # fmt: skip
+    start = jnp.asarray(np.repeat([[0, 4]], [4, 7], axis=1).repeat(B, 0), jnp.int32)  # two documents
+    stop = jnp.arange(1, T + 1)[None].repeat(B, 0).at[0, 3].set(0)  # and a query without keys
+    indices = np.full((B, T, K), -1, np.int32)
+    for b in range(B):
+        for t in range(T):
+            visible = rng.permutation(np.arange(int(start[b, t]), int(stop[b, t])))[: K - t % 2]
+            indices[b, t, K - len(visible) :] = visible  # -1 first
+    return arrays, start, stop, jnp.asarray(indices)
+
+
+def lse_of(logits, seen):
+    return jax.nn.logsumexp(jnp.where(seen[:, :, None], logits, -jnp.inf), axis=-1)
+
+
+@pytest.mark.parametrize("block", [None, 2])
+@pytest.mark.parametrize("form", ["dense", "selected"])
+def test_loss_and_gradients_equal_autodiff_in_float64(form, block, monkeypatch):
+    if block:
+        monkeypatch.setattr("pallas_kernels.index_kl.xla.block_size", lambda *_: block)
+    with jax.enable_x64(True):
+        a, start, stop, indices = case(np.random.default_rng(0), np.float64)
+        slots = jnp.arange(11)
+        if form == "dense":
+            seen = (start[..., None] <= slots) & (slots < stop[..., None])
+            logits = SCALE * (
+                jnp.einsum("BTNP,BSNP->BTNS", a["q_nope"], a["k_nope"])
+                + jnp.einsum("BTNR,BSR->BTNS", a["q_rope"], a["k_rope"])
+            )
+            attention = (
+                a["q_nope"],
+                a["q_rope"],
+                a["k_nope"],
+                a["k_rope"],
+                lse_of(logits, seen),
+                start,
+                stop,
+            )
+            ours = functools.partial(pk.index_kl_dense, scale=SCALE)
+        else:
+            seen = (indices[..., None] == slots).any(axis=2)
+            logits = SCALE * (
+                jnp.einsum("BTNC,BSC->BTNS", a["q_latent"], a["latent"])
+                + jnp.einsum("BTNR,BSR->BTNS", a["q_rope"], a["k_rope"])
+            )
+            attention = (a["q_latent"], a["q_rope"], a["latent"], a["k_rope"], lse_of(logits, seen), indices)
+            ours = functools.partial(pk.index_kl_selected, scale=SCALE)
+
+        def loss(q, k, weights):
+            return 2.0 * ours(q, k, weights, *attention, a["token_weights"])[0]
+
+        def expected(q, k, weights):
+            return 2.0 * naive(q, k, weights, logits, seen, a["token_weights"])
+
+        inputs = (a["q"], a["k"], a["weights"])
+        np.testing.assert_allclose(loss(*inputs), expected(*inputs), rtol=1e-12)
+        for ours_d, expected_d in zip(
+            jax.grad(loss, (0, 1, 2))(*inputs), jax.grad(expected, (0, 1, 2))(*inputs), strict=True
+        ):
+            np.testing.assert_allclose(ours_d, expected_d, rtol=1e-10, atol=1e-13)
+        _, kl = ours(*inputs, *attention, a["token_weights"])
+        assert kl[0, 3] == 0 and (kl >= -1e-12).all()
+
+
+def test_a_silent_indexer_is_uniform():
+    """With weights of 0 the loss must be log(number of keys) - H(p): a mask or scale error shows here."""
+    a, _, _, _ = case(np.random.default_rng(1), np.float32)
+    start, stop = jnp.zeros((2, 11), jnp.int32), jnp.arange(1, 12)[None].repeat(2, 0)
+    seen = jnp.arange(11) < stop[..., None]
+    logits = jnp.einsum("BTNP,BSNP->BTNS", a["q_nope"], a["k_nope"])
+    logits = SCALE * (logits + jnp.einsum("BTNR,BSR->BTNS", a["q_rope"], a["k_rope"]))
+    p = jax.nn.softmax(jnp.where(seen[:, :, None], logits, -jnp.inf), axis=-1).mean(axis=2)
+    entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum(axis=-1)
+    attention = (a["q_nope"], a["q_rope"], a["k_nope"], a["k_rope"], lse_of(logits, seen), start, stop)
+    _, kl = pk.index_kl_dense(a["q"], a["k"], 0 * a["weights"], *attention, a["token_weights"], scale=SCALE)
+    np.testing.assert_allclose(kl, jnp.log(stop) - entropy, atol=1e-5)
+
+
+def test_nothing_but_the_indexer_has_a_gradient():
+    a, start, stop, _ = case(np.random.default_rng(2), np.float32)
+    lse = jnp.zeros((2, 11, 3))
+
+    def loss(q_nope, q_rope, k_nope, k_rope, lse, token_weights):
+        args = (a["q"], a["k"], a["weights"], q_nope, q_rope, k_nope, k_rope, lse, start, stop, token_weights)
+        return pk.index_kl_dense(*args, scale=SCALE)[0]
+
+    inputs = (a["q_nope"], a["q_rope"], a["k_nope"], a["k_rope"], lse, a["token_weights"])
+    for gradient in jax.grad(loss, range(6))(*inputs):
+        assert (gradient == 0).all()
+
+
+def test_contradicting_shapes_are_refused():
+    a, start, stop, _ = case(np.random.default_rng(3), np.float32)
+    args = (a["q"], a["k"], a["weights"], a["q_nope"], a["q_rope"], a["k_nope"], a["k_rope"])
+    with pytest.raises(ValueError, match=r"token_weights must have shape \(2, 11\).*got \(2, 10\)"):
+        pk.index_kl_dense(*args, jnp.zeros((2, 11, 3)), start, stop, a["token_weights"][:, 1:], scale=1.0)
+    with pytest.raises(ValueError, match=r"key_stop must have shape \(2, 11\).*got \(1, 11\)"):
+        pk.index_kl_dense(*args, jnp.zeros((2, 11, 3)), start, stop[:1], a["token_weights"], scale=1.0)
+
+
+@pytest.mark.parametrize("T", [1024, 4096])
+def test_workspace_does_not_grow_with_the_number_of_queries(T):
+    S, I, J, N, P, R = T, 16, 128, 16, 128, 64
+    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+    bounds = shape(1, T, dtype=jnp.int32)
+    f32 = functools.partial(shape, dtype=jnp.float32)
+    arguments = (
+        shape(1, T, I, J), shape(1, S, J), f32(1, T, I), shape(1, T, N, P), shape(1, T, N, R), shape(1, S, N, P),
+        shape(1, S, R), f32(1, T, N), bounds, bounds, f32(1, T),
+    )  # fmt: skip
+    gradient = jax.jit(jax.grad(lambda *a: pk.index_kl_dense(*a, scale=1.0)[0], (0, 1, 2)))
+    memory = gradient.lower(*arguments).compile().memory_analysis()
+    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    # [T S I] float32 alone would be 1 GiB at T = 4096; CPU multiplies bfloat16 through float32 copies
+    assert memory.temp_size_in_bytes - 3 * moved < 4 * blocking.WORKSPACE_BYTES
