@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.fp8_weight import Fp8Weight, as_matrix
+from dsa_jax.grouped import grouped_matmul
 from dsa_jax.linear import linear, linear_float32
 
 Parameters = Mapping[str, Any]
@@ -88,7 +88,7 @@ def moe(
 ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
     """Routed experts plus the shared one; no token is dropped.
 
-    Tokens are sorted by expert and multiplied group by group (``lax.ragged_dot``); the weighted sum over a
+    Tokens are sorted by expert and multiplied group by group (``grouped_matmul``); the weighted sum over a
     token's experts is float32.
 
     Returns:
@@ -105,15 +105,12 @@ def moe(
     tokens = x.reshape(B * T, D)[by_expert // A]
     group_sizes = jnp.bincount(experts.reshape(-1), length=config.n_routed_experts).astype(jnp.int32)
 
-    # "highest" as JAX's default precision is for float32; the TPU's grouped product refuses it for bfloat16.
-    precision = None if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-
-    def grouped(rows: jax.Array, weight: jax.Array | Fp8Weight) -> jax.Array:
-        return lax.ragged_dot(rows, as_matrix(weight, rows.dtype), group_sizes, precision=precision)
-
     routed = parameters["experts"]
-    hidden = _activate(grouped(tokens, routed["w_gate"]), grouped(tokens, routed["w_up"]))
-    outputs = grouped(hidden, routed["w_down"])[jnp.argsort(by_expert)].reshape(B, T, A, D)
+    gate = grouped_matmul(tokens, routed["w_gate"], group_sizes)
+    hidden = _activate(gate, grouped_matmul(tokens, routed["w_up"], group_sizes))
+    outputs = grouped_matmul(hidden, routed["w_down"], group_sizes)[jnp.argsort(by_expert)].reshape(
+        B, T, A, D
+    )
     y = (outputs.astype(jnp.float32) * weights[..., None]).sum(axis=2)
     y = y + swiglu(x, parameters["shared_experts"]).astype(jnp.float32)
     return y.astype(x.dtype), {"experts": experts, "expert_weights": weights, "expert_load": load}

@@ -1,0 +1,52 @@
+"""The grouped product in tiles equals lax.ragged_dot and a loop, gradients included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsa_jax import grouped
+from dsa_jax.fp8_weight import Fp8Weight
+
+SIZES = {
+    "one row": [0, 1, 0],
+    "an expert gets all": [0, 0, 300, 0],
+    "whole tiles": [128, 256, 0, 128],
+    "ragged": [1, 129, 0, 127, 128, 0, 70],
+    "more experts than rows": [0] * 20 + [1, 0, 2, 1] + [0] * 20,
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_tiles_equal_a_loop_over_experts(sizes):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((sum(sizes), 24)).astype(np.float32)
+    weights = rng.standard_normal((len(sizes), 24, 16)).astype(np.float32)
+    d_out = rng.standard_normal((sum(sizes), 16)).astype(np.float32)
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    expected = np.einsum("MX,MXY->MY", rows, weights[groups])
+    d_weights = np.stack([rows[groups == e].T @ d_out[groups == e] for e in range(len(sizes))])
+    for function in (grouped.tiled, grouped.ragged, grouped.grouped_matmul):
+        inputs = jnp.asarray(rows), jnp.asarray(weights)
+        out, pull = jax.vjp(lambda r, w: function(r, w, jnp.asarray(sizes)), *inputs)  # noqa: B023
+        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+        d_rows_ours, d_weights_ours = pull(jnp.asarray(d_out))
+        np.testing.assert_allclose(
+            d_rows_ours, np.einsum("MY,MXY->MX", d_out, weights[groups]), rtol=2e-5, atol=2e-5
+        )
+        np.testing.assert_allclose(d_weights_ours, d_weights, rtol=2e-5, atol=5e-5)
+
+
+def test_weights_in_fp8_are_dequantised_expert_by_expert():
+    rng = np.random.default_rng(1)
+    values = jnp.asarray(rng.standard_normal((3, 200, 130)), jnp.float8_e4m3fn)
+    weights = Fp8Weight(
+        values=values, scales=jnp.exp2(jnp.asarray(rng.integers(-4, 4, (3, 2, 2)), jnp.float32))
+    )
+    rows, sizes = jnp.asarray(rng.standard_normal((50, 200)), jnp.float32), jnp.asarray([20, 0, 30])
+    out, pull = jax.vjp(lambda r: grouped.tiled(r, weights, sizes), rows)
+    expected, pull_expected = jax.vjp(
+        lambda r: grouped.tiled(r, weights.dequantize(jnp.dtype(jnp.float32)), sizes), rows
+    )
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    np.testing.assert_allclose(pull(out)[0], pull_expected(out)[0], rtol=1e-6)
