@@ -1,4 +1,5 @@
-"""The `dsa-jax` command: `generate` continues a prompt, `compare` holds our model against PyTorch.
+"""The `dsa-jax` command: `generate` continues a prompt, `compare` holds our model against PyTorch, `convert`
+and `verify` (dsa_jax.checkpoint_commands) turn checkpoints from one layout into another and check them.
 
 Exit codes: 0 done; 1 `compare` found a difference beyond the tolerance; 2 bad input, said in one line on
 standard error (`--traceback` or DSA_JAX_TRACEBACK=1 shows where it arose).
@@ -31,7 +32,7 @@ class Generate:
     """
 
     model: Path
-    """Folder with config.json, *.safetensors and, for text, tokenizer.json."""
+    """Folder with config.json, *.safetensors and, for text, tokenizer.json; or what `convert` made of it."""
     prompt: str | None = None
     """Text to continue. The begin-of-text token of config.json is put in front if it is not there."""
     token_ids: str | None = None
@@ -48,8 +49,8 @@ class Generate:
     """Seed of the sampling."""
     stop: str | None = None
     """Token ids that end the text, separated by commas, or "none". Default: those of config.json."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the weights and of the computation."""
+    dtype: Literal["bfloat16", "float32", "fp8"] = "bfloat16"
+    """Type of the weights and of the computation; fp8 keeps FP8 weights as stored and computes in bfloat16."""
     attention: Literal["sparse", "dense"] = "sparse"
     """dense: attend to every earlier token and leave the indexer's choice aside."""
     index_fp8: bool = False
@@ -70,8 +71,8 @@ class Generate:
         config = load_config(
             checked_folder(self.model),
             n_mtp_layers=0,
-            dtype=self.dtype,
-            param_dtype=self.dtype,
+            dtype="bfloat16" if self.dtype == "fp8" else self.dtype,
+            param_dtype="bfloat16" if self.dtype == "fp8" else self.dtype,
             attention=self.attention,
             index_fp8=self.index_fp8,
             kv_fp8=self.kv_fp8,
@@ -85,7 +86,7 @@ class Generate:
         sampling = Sampling(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed)
 
         started = time.perf_counter()
-        params = load_params(self.model, config)
+        params = load_params(self.model, config, keep_fp8=self.dtype == "fp8")
         loaded = time.perf_counter()
         steps = stream(
             params, config, [prompt], max_new_tokens=self.max_new_tokens, sampling=sampling, stop_tokens=stop
@@ -135,6 +136,8 @@ class Compare:
     For example, with transformers (pip install 'dsa-jax[parity]') and with a file of numbers:
       dsa-jax compare --model DIR --reference transformers --seq-len 256 --batch 2
       dsa-jax compare --model DIR --vectors FILE.npz --index-fp8 --kv-fp8 --topk-equal 0.99
+    And the weights alone, bit by bit, with a converted checkpoint:
+      dsa-jax compare --model DIR --checkpoint ORBAX_DIR --layers 0-3 --markdown report.md
 
     Exits with 1 if a number is beyond its tolerance. The keys of a file of numbers: `pydoc dsa_jax.compare`.
     """
@@ -165,10 +168,20 @@ class Compare:
     """Tolerance: smallest fraction of tokens whose set of experts is the same."""
     json: Path | None = None
     """Write all numbers, the verdict and the configuration to this file."""
+    checkpoint: Path | None = None
+    """Compare the weights instead, tensor by tensor, with those of this checkpoint (of any kind)."""
+    layers: str | None = None
+    """With --checkpoint: only these layers, as in 0-2,61; a large model is compared part by part."""
+    markdown: Path | None = None
+    """With --checkpoint: write a table per layer, and what differs, to this file."""
     traceback: bool = False
     """On bad input, show where the error arose."""
 
     def run(self) -> int:
+        if self.checkpoint is not None:
+            from dsa_jax.checkpoint_commands import compare_weights
+
+            return compare_weights(self.model, self.checkpoint, self.layers, self.markdown, self.json)
         import numpy as np
         from rich.console import Console
 
@@ -264,6 +277,8 @@ def read_tokenizer(folder: Path) -> Any:
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
+    if (folder / "dsa_jax.json").is_file():  # `convert` carries it along
+        path = folder / "hf" / "tokenizer.json"
     return Tokenizer.from_file(str(path)) if path.is_file() else None
 
 
@@ -311,11 +326,13 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line `args` (default: the process's) and returns the exit code."""
     try:
         import tyro
+
+        from dsa_jax.checkpoint_commands import Convert, Verify
     except ImportError as error:
         print(f"dsa-jax: the command line needs tyro ({error.msg}): pip install tyro", file=sys.stderr)
         return 2
     command = tyro.cli(
-        Generate | Compare,
+        Generate | Compare | Convert | Verify,
         prog="dsa-jax",
         description="DeepSeek-V3.2 with sparse attention, in JAX.",
         args=args,

@@ -28,7 +28,7 @@ class Fp8Weight:
         return self.values.shape
 
     def dequantize(self, dtype: jnp.dtype) -> jax.Array:
-        """values * scale of their block, multiplied in float32 and then cast, as weight_dequant of inference/kernel.py does.
+        """values * scale of their block, multiplied in float32, then cast (weight_dequant of inference/kernel.py).
 
         The last block of an axis may be ragged: the block size is never read off the shapes.
         """

@@ -46,6 +46,9 @@ _V32: dict[str, Any] = _TINY | dict(
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": _TINY,
     "tiny_calm": _TINY,
+    # Every size that DeepSeek's converter splits over two ranks is an even number of blocks.
+    "tiny_two_ranks": _TINY
+    | dict(num_attention_heads=8, num_key_value_heads=8, v_head_dim=64, moe_intermediate_size=256),
     "v32": _V32,  # the released model: for its names and shapes, its weights would be 1.3 TB
     "v32_one_layer": _V32
     | dict(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, vocab_size=2048),

@@ -66,17 +66,25 @@ def set_scale(value: float) -> Callable[[Tensors], None]:
 
 def add_twice(path: Path) -> None:
     """model.norm.weight in a shard of its own, too."""
-    save_file({"model.norm.weight": np.ones(256, np.float32), "x": np.ones(1, np.float32)}, path / "e.safetensors")
+    save_file(
+        {"model.norm.weight": np.ones(256, np.float32), "x": np.ones(1, np.float32)}, path / "e.safetensors"
+    )
     index = json.loads((path / "model.safetensors.index.json").read_text())
     index["weight_map"]["x"] = "e.safetensors"
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 BAD = {
-    "missing shard": (lambda path: (path / SHARD).unlink(), f"1 shards missing, download them: {SHARD} with 11"),
+    "missing shard": (
+        lambda path: (path / SHARD).unlink(),
+        f"1 shards missing, download them: {SHARD} with 11",
+    ),
     "truncated shard": (change_file(lambda raw: raw.__delitem__(slice(-7, None))), f"{SHARD} is truncated"),
     "empty shard": (change_file(lambda raw: raw.clear()), "fewer than the 8 of the header length"),
-    "corrupt header": (change_file(lambda raw: raw.__setitem__(slice(8, 20), b"\xff" * 12)), "not valid JSON"),
+    "corrupt header": (
+        change_file(lambda raw: raw.__setitem__(slice(8, 20), b"\xff" * 12)),
+        "not valid JSON",
+    ),
     "huge header": (change_file(lambda raw: raw.__setitem__(7, 0x7F)), "its header length"),
     "wrong dtype": (
         change_tensors(lambda t: t.__setitem__("model.norm.weight", np.zeros(256, np.int32))),
@@ -99,7 +107,10 @@ BAD = {
         f"1 FP8 tensors without block scales: {WEIGHT} needs {WEIGHT}_scale_inv",
     ),
     "NaN in a scale": (change_tensors(set_scale(np.nan)), f"NaN, infinite or negative: {WEIGHT}_scale_inv"),
-    "infinity in a scale": (change_tensors(set_scale(np.inf)), f"NaN, infinite or negative: {WEIGHT}_scale_inv"),
+    "infinity in a scale": (
+        change_tensors(set_scale(np.inf)),
+        f"NaN, infinite or negative: {WEIGHT}_scale_inv",
+    ),
     "unknown tensor": (
         change_tensors(lambda t: t.__setitem__("model.layers.9.mystery", np.ones(3, np.float32))),
         "1 tensors unknown to this config: model.layers.9.mystery",
@@ -108,12 +119,18 @@ BAD = {
         change_tensors(lambda t: t.pop("model.norm.weight")),
         "1 tensors missing, so their leaves are unfilled: model.norm.weight",
     ),
-    "tensor stored twice": (add_twice, "1 tensors stored twice: model.norm.weight in e.safetensors and model-0000"),
+    "tensor stored twice": (
+        add_twice,
+        "1 tensors stored twice: model.norm.weight in e.safetensors and model-0000",
+    ),
     "two sets of weights": (
         lambda path: save_file({"x": np.ones(1, np.float32)}, path / "model.safetensors"),
         "holds both model.safetensors and",
     ),
-    "config against shapes": (change_config(q_lora_rank=256), "tensors of a wrong shape: model.layers.0.self_attn"),
+    "config against shapes": (
+        change_config(q_lora_rank=256),
+        "tensors of a wrong shape: model.layers.0.self_attn",
+    ),
     "config of fewer layers": (change_config(num_hidden_layers=3), "tensors unknown to this config"),
     "config against itself": (change_config(num_key_value_heads=2), "num_key_value_heads must be 4"),
     "no config": (lambda path: (path / "config.json").unlink(), "config.json"),
@@ -143,18 +160,20 @@ def test_a_bad_destination_or_option_is_one_clear_sentence(release, tmp_path, ca
         ([str(tmp_path / "absent"), str(tmp_path / "out")], "no folder"),
         ([source, str(tmp_path / "out"), "--max-memory", "lots"], "--max-memory takes a size such as 2GiB"),
         ([source, str(tmp_path / "out"), "--max-memory", "1MB"], "max_memory must be at least"),
-        ([source, str(tmp_path / "out"), "--quantize", "fp8"], "quantize is for writing the Hugging Face layout"),
+        (
+            [source, str(tmp_path / "out"), "--quantize", "fp8"],
+            "quantize is for writing the Hugging Face layout",
+        ),
     ]:
         assert main(["convert", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert (taken / "thesis.tex").exists() and not (tmp_path / "out").exists()
 
 
-def test_two_thousand_folders_with_mutated_headers_are_read_or_refused_clearly(release, tmp_path) -> None:
-    """The whole path a header takes: file, folder, comparison with the config."""
+@pytest.mark.slow
+def test_two_thousand_folders_with_mutated_headers_are_opened_or_refused_clearly(release, tmp_path) -> None:
     path = tmp_path / "folder"
     shutil.copytree(release, path)
-    config = load_config(path)
     whole = (path / SHARD).read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
     generator, refused = random.Random(1), 0
@@ -167,15 +186,9 @@ def test_two_thousand_folders_with_mutated_headers_are_read_or_refused_clearly(r
             else:
                 mutated[position] = generator.choice(b'0123456789"[]{},:-.eEFB_ \\\x00\xff')
         (path / SHARD).write_bytes(mutated)
-        try:
-            folder = HfFolder(path)
-            for name in folder.entries:
-                folder.entries[name].size  # noqa: B018
-            assert not folder.faults or all(str(SHARD) in text for faults in folder.faults.values() for text in faults)
-        except ValueError:
-            refused += 1
-        else:
-            refused += bool(folder.faults)
+        faults = HfFolder(path).faults
+        refused += bool(faults)
+        assert all(SHARD in text for names in faults.values() for text in names)
     assert refused > 1500
     (path / SHARD).write_bytes(whole)
-    assert load_config(path) == config and not HfFolder(path).faults
+    assert not HfFolder(path).faults

@@ -17,7 +17,7 @@ from dsa_jax.checkpoint.hf_reader import HfFolder
 from dsa_jax.checkpoint.names import tensor_table
 from dsa_jax.config import tiny
 from dsa_jax.fp8_weight import Fp8Weight
-from tests.vectors.weights import make_weights, write_release_checkpoint
+from tests.vectors.weights import make_tokens, make_weights, write_release_checkpoint
 
 FLOAT32_NAMES = ("e_score_correction_bias", "indexer.k_norm.weight", "indexer.k_norm.bias")
 
@@ -170,3 +170,21 @@ def test_every_fault_of_the_source_is_found_before_anything_is_written(release, 
     with pytest.raises(ValueError, match="shards missing"):
         convert(damaged, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parity
+def test_transformers_computes_the_same_from_what_came_back(plain, tmp_path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    convert(plain, tmp_path / "orbax")
+    convert(tmp_path / "orbax", tmp_path / "hf", max_shard_bytes=1_000_000)
+    tokens = torch.tensor(make_tokens("tiny"))
+    logits = []
+    for path in (plain, tmp_path / "hf"):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True
+        )
+        assert not info["missing_keys"] and not info["mismatched_keys"]
+        with torch.no_grad():
+            logits.append(model(tokens).logits)
+    assert torch.equal(*logits)

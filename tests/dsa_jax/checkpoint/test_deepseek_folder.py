@@ -141,7 +141,10 @@ def test_a_missing_rank_is_named_once(converted, tmp_path) -> None:
 
 
 def test_a_config_with_unknown_or_missing_keys_is_refused(converted, tmp_path) -> None:
-    for change, message in (({"mystery": 1}, "does not know: mystery"), ({"score_func": "softmax"}, "score_func")):
+    for change, message in (
+        ({"mystery": 1}, "does not know: mystery"),
+        ({"score_func": "softmax"}, "score_func"),
+    ):
         (tmp_path / "c.json").write_text(json.dumps(CONFIG | change))
         with pytest.raises(ValueError, match=message):
             load_config(converted, config_file=tmp_path / "c.json")

@@ -169,6 +169,26 @@ def test_a_second_process_is_refused(release, tmp_path) -> None:
             Job(tmp_path / "out", request, ["dsa-jax"])
 
 
+def test_a_crash_before_the_marker_leaves_the_destination_free(release, tmp_path, monkeypatch) -> None:
+    def crash(path: Path, content: bytes) -> None:
+        path.with_name(path.name + ".partial").write_bytes(content[:5])
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dsa_jax.checkpoint.job.write_atomically", crash)
+        with pytest.raises(Crash):
+            convert(release, tmp_path / "out")
+    assert not convert(release, tmp_path / "out").resumed
+    assert sorted(file.name for file in (tmp_path / "out").iterdir() if "INCOMPLETE" in file.name) == []
+
+
+def test_checksums_say_into_which_pieces_they_cut(release, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("dsa_jax.checkpoint.pieces.PIECE_BYTES", 100_000)
+        convert(release, tmp_path / "orbax")
+    assert verify(tmp_path / "orbax").faults == ()
+
+
 def test_a_disk_too_small_is_refused_before_writing(release, tmp_path, monkeypatch) -> None:
     usage = type(shutil.disk_usage(tmp_path))(1000, 990, 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -206,4 +226,6 @@ def test_a_flipped_bit_is_found_by_verify(release, tmp_path) -> None:
         content[len(content) // 2] ^= 1
         content.tofile(file)
         faults = verify(tmp_path / path).faults
-        assert len(faults) == 1 and ("differs from its checksum" in faults[0] or "cannot be read" in faults[0])
+        assert len(faults) == 1 and (
+            "differs from its checksum" in faults[0] or "cannot be read" in faults[0]
+        )

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsa_jax.checkpoint import ReadCount, convert, load_params
+from dsa_jax.checkpoint import ReadCount, convert, load_params, write_hf
 from dsa_jax.checkpoint.hf_reader import HfFolder
 from dsa_jax.config import tiny
 from dsa_jax.fp8_weight import Fp8Weight
 from dsa_jax.transformer import Transformer
 from tests.vectors.weights import make_tokens, write_release_checkpoint
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +112,55 @@ def test_every_byte_is_read_once(folders, mesh, monkeypatch) -> None:
         assert count.total <= count.read < 1.1 * count.total, kind
 
 
+HOST = """
+import sys
+import jax, numpy as np
+rank, port, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
+from dsa_jax.checkpoint import ReadCount, load_config, load_params, safetensors_file
+from jax.sharding import Mesh
+safetensors_file._SHORTEST_SEGMENT = 1
+config = load_config(path, param_dtype="bfloat16")
+whole = load_params(path, config, keep_fp8=True)
+count = ReadCount()
+mesh = Mesh(np.array(jax.devices()), ("model",))
+sharded = load_params(path, config, mesh, keep_fp8=True, count=count)
+def compare(a, b):
+    for shard in a.addressable_shards:
+        assert np.asarray(shard.data).tobytes() == np.asarray(b)[shard.index].tobytes()
+jax.tree.map(compare, sharded, whole)
+print(len(jax.devices()), len(jax.local_devices()), count.read, count.total)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hf", "orbax fp8"])
+def test_each_of_two_hosts_reads_half(folders, kind) -> None:
+    """Two processes with four devices each. What cannot be divided by eight is read by both."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, str(rank), port, str(folders[kind])],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        devices, local, read, total = map(int, output.split())
+        assert (devices, local) == (8, 4) and 0.5 * total <= read < 0.53 * total
+
+
 def test_rows_of_a_shard_are_read_and_no_others(release) -> None:
     """What a host with one of eight devices would read of the largest matrix."""
     folder = HfFolder(release)
@@ -138,6 +193,11 @@ def test_fp8_takes_half_the_bytes_of_bfloat16(release) -> None:
     plain = load_params(release, config)["params"]["moe_layers"]["ffn"]["experts"]
     size = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (kept, plain)]
     assert isinstance(kept["w_up"], Fp8Weight) and size[0] < 0.501 * size[1]
+
+
+def test_write_hf_says_that_it_takes_plain_arrays(release, tmp_path) -> None:
+    with pytest.raises(ValueError, match="is kept in FP8, write_hf takes plain arrays"):
+        write_hf(tmp_path / "out", load_params(release, tiny(), keep_fp8=True), tiny())
 
 
 def test_a_folder_without_fp8_has_nothing_to_keep(folders) -> None:

@@ -1,0 +1,39 @@
+"""Small files that must be whole or absent, and JSON that may be damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes the file so that a reader, or a crash, finds the old content or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the folder's entries, new names and removals, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in the file. Raises ValueError when it holds anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); re-download it") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}; re-download it")
+    return values

@@ -1,0 +1,302 @@
+"""Hugging Face config.json <-> ModelConfig, for model_type deepseek_v32 and glm_moe_dsa.
+
+Every key is read, checked against what this model can do, or named in an error; none is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dsa_jax.config import Fp8Config, ModelConfig, YarnConfig
+
+# HF key -> our field, for values taken as they are.
+_INT_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layers",
+    "first_k_dense_replace": "n_dense_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "d_ff",
+    "moe_intermediate_size": "d_expert",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "index_n_heads": "index_n_heads",
+    "index_head_dim": "index_head_dim",
+    "index_topk": "index_topk",
+    "n_routed_experts": "n_routed_experts",
+    "n_shared_experts": "n_shared_experts",
+    "num_experts_per_tok": "n_activated_experts",
+    "n_group": "n_expert_groups",
+    "topk_group": "n_limited_groups",
+    "max_position_embeddings": "max_seq_len",
+}
+_FLOAT_KEYS = {
+    "routed_scaling_factor": "route_scale",
+    "rms_norm_eps": "norm_eps",
+    "initializer_range": "init_std",
+}
+_OPTIONAL = {"initializer_range": 0.02, "num_nextn_predict_layers": 0, "norm_topk_prob": True}
+_EXPERT_ALIASES = ("num_experts", "num_local_experts")
+
+# Keys whose only honoured value is this one; absent means the same.
+_FIXED: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "moe_layer_freq": 1,
+    "rope_interleave": True,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+}
+_HARMLESS = frozenset(
+    "_name_or_path architectures auto_map aux_loss_alpha chunk_size_feed_forward dtype ep_size id2label "
+    "is_encoder_decoder label2id output_attentions output_hidden_states output_router_logits pretraining_tp "
+    "problem_type return_dict router_aux_loss_coef seq_aux torch_dtype transformers_version use_cache".split()
+)
+_READ = frozenset(
+    "model_type bos_token_id eos_token_id pad_token_id head_dim index_share_for_mtp_iteration "
+    "index_skip_topk_offset index_topk_freq index_topk_pattern indexer_rope_interleave indexer_types "
+    "layer_types mlp_layer_types norm_topk_prob num_experts num_key_value_heads num_local_experts "
+    "num_nextn_predict_layers qk_head_dim quantization_config rope_parameters rope_scaling rope_theta".split()
+)
+_INDEXER_INTERLEAVED = {"deepseek_v32": False, "glm_moe_dsa": True}
+
+
+def from_hf(values: Mapping[str, Any], *, ignore: Iterable[str] = (), **switches: Any) -> ModelConfig:
+    """The ModelConfig of a parsed config.json; `switches` are ModelConfig fields that replace what it says.
+
+    Both RoPE spellings are read (rope_theta + rope_scaling, and rope_parameters). ignore: unknown keys to
+    accept. Raises ValueError for missing, unknown or contradictory keys and for values this model cannot
+    honour, NotImplementedError for layers that share an indexer (GLM-5.2's IndexShare).
+    """
+    values = dict(values)
+    if (model_type := values.get("model_type")) not in _INDEXER_INTERLEAVED:
+        options = " or ".join(_INDEXER_INTERLEAVED)
+        raise ValueError(f"config.json: model_type must be {options}, got {model_type!r}")
+    _refuse_unknown(values, tuple(ignore), switches)
+    _fill_aliases(values)
+    _refuse_missing(values)
+    fields: dict[str, Any] = {field: _integer(key, values[key]) for key, field in _INT_KEYS.items()}
+    fields |= {field: _number(key, values.get(key, _OPTIONAL.get(key))) for key, field in _FLOAT_KEYS.items()}
+    _refuse_dishonoured(values)
+    theta, yarn = _rope(values)
+    eos = values.get("eos_token_id")
+    fields |= dict(
+        norm_topk_prob=values.get("norm_topk_prob", _OPTIONAL["norm_topk_prob"]),
+        rope_theta=theta,
+        yarn=yarn,
+        index_rope_interleaved=values.get(
+            "indexer_rope_interleave", _INDEXER_INTERLEAVED[values["model_type"]]
+        ),
+        n_mtp_layers=_integer("num_nextn_predict_layers", values.get("num_nextn_predict_layers") or 0),
+        bos_token_id=values.get("bos_token_id"),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        pad_token_id=values.get("pad_token_id"),
+        fp8=_quantization(_object(values, "quantization_config")),
+    )
+    return ModelConfig(**(fields | switches))
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a config, in the released spelling; from_hf reads it back to the same architecture.
+
+    model_type follows the indexer's RoPE: transformers' glm_moe_dsa is the class that interleaves it.
+    Raises ValueError for an eps that config.json has no key for.
+    """
+    for name in ("latent_norm_eps", "index_norm_eps"):
+        if (eps := getattr(config, name)) != 1e-6:
+            raise ValueError(f"{name} must be 1e-6, which every reader of config.json assumes, got {eps}")
+    eos: tuple[int, ...] | list[int] | int | None = list(config.eos_token_ids)
+    if len(config.eos_token_ids) < 2:
+        eos = config.eos_token_ids[0] if config.eos_token_ids else None
+    interleaved = config.index_rope_interleaved
+    values: dict[str, Any] = {
+        "architectures": ["GlmMoeDsaForCausalLM" if interleaved else "DeepseekV32ForCausalLM"],
+        "model_type": "glm_moe_dsa" if interleaved else "deepseek_v32",
+        **{key: getattr(config, field) for key, field in (_INT_KEYS | _FLOAT_KEYS).items()},
+        **{key: value for key, value in _FIXED.items() if key != "rope_interleave"},
+        "num_key_value_heads": config.n_heads,
+        "num_nextn_predict_layers": config.n_mtp_layers,
+        "norm_topk_prob": config.norm_topk_prob,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos,
+        "pad_token_id": config.pad_token_id,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "torch_dtype": "bfloat16" if config.fp8 else config.param_dtype,
+        "use_cache": True,
+    }
+    if interleaved:
+        values["indexer_rope_interleave"] = True
+    if config.yarn:
+        yarn = dataclasses.asdict(config.yarn)
+        values["rope_scaling"] = {
+            "type": "yarn",
+            "original_max_position_embeddings": yarn.pop("original_seq_len"),
+            **yarn,
+        }
+    if config.fp8:
+        values["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(config.fp8.block),
+            **({"scale_fmt": config.fp8.scale_fmt} if config.fp8.scale_fmt else {}),
+        }
+    return values
+
+
+def _refuse_unknown(values: dict[str, Any], ignore: tuple[str, ...], switches: dict[str, Any]) -> None:
+    known = _HARMLESS | _READ | set(_INT_KEYS) | set(_FLOAT_KEYS) | set(_FIXED)
+    if read := sorted(set(ignore) & known):
+        raise ValueError(f"ignore= is for keys this loader does not know, but it reads {', '.join(read)}")
+    if unknown := sorted(set(values) - known - set(ignore)):
+        accept = ", ".join(f'"{key}"' for key in unknown)
+        raise ValueError(
+            f"config.json has keys this loader does not know: {', '.join(unknown)}; if they do not change "
+            f"the model, pass ignore=({accept},)"
+        )
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    if wrong := sorted(set(switches) - fields):
+        raise ValueError(f"switches must be ModelConfig fields, got {', '.join(wrong)}")
+
+
+def _fill_aliases(values: dict[str, Any]) -> None:
+    for alias in _EXPERT_ALIASES:
+        if alias in values and values.setdefault("n_routed_experts", values[alias]) != values[alias]:
+            raise ValueError(
+                f"config.json: {alias} must equal n_routed_experts, got {values[alias]} and "
+                f"{values['n_routed_experts']}"
+            )
+    if values.get("mlp_layer_types") is not None:
+        values.setdefault("first_k_dense_replace", values["mlp_layer_types"].count("dense"))
+
+
+def _refuse_missing(values: dict[str, Any]) -> None:
+    required = [key for key in (*_INT_KEYS, *_FLOAT_KEYS) if key not in _OPTIONAL]
+    missing = [key for key in required if values.get(key) is None]
+    if _rope_theta(values) is None:
+        missing.append("rope_theta")
+    if missing:
+        raise ValueError(f"config.json lacks the keys {', '.join(missing)}; add them")
+
+
+def _refuse_dishonoured(values: dict[str, Any]) -> None:
+    """Values that are the only honoured ones, or that must follow from other keys."""
+    layers, n_dense = values["num_hidden_layers"], values["first_k_dense_replace"]
+    derived = {
+        "num_key_value_heads": values["num_attention_heads"],
+        "head_dim": values["qk_rope_head_dim"],
+        "qk_head_dim": values["qk_nope_head_dim"] + values["qk_rope_head_dim"],
+        "layer_types": ["indexed_attention"] * layers,
+        "mlp_layer_types": ["dense"] * n_dense + ["sparse"] * (layers - n_dense),
+    }
+    for key, honoured in (_FIXED | derived).items():
+        if values.get(key) is not None and values[key] != honoured:
+            raise ValueError(f"config.json: {key} must be {honoured!r} for this model, got {values[key]!r}")
+    types = values.get("indexer_types") or values.get("index_topk_pattern") or ()
+    if values.get("index_topk_freq") not in (None, 0, 1) or any(kind not in ("full", "F") for kind in types):
+        raise NotImplementedError(
+            "only an indexer in every layer is implemented, config.json lets layers reuse another's: "
+            f"index_topk_freq={values.get('index_topk_freq')}, indexer_types={list(types)}"
+        )
+    if values.get("index_share_for_mtp_iteration"):
+        raise NotImplementedError("config.json: index_share_for_mtp_iteration is not implemented, got True")
+    for key in ("indexer_rope_interleave", "norm_topk_prob"):
+        if key in values and not isinstance(values[key], bool):
+            raise ValueError(f"config.json: {key} must be true or false, got {values[key]!r}")
+
+
+def _object(values: dict[str, Any], key: str) -> dict[str, Any]:
+    value = values.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"config.json: {key} must be an object or null, got {value!r}")
+    return dict(value or {})
+
+
+def _rope_theta(values: dict[str, Any]) -> Any:
+    return _object(values, "rope_parameters").get("rope_theta", values.get("rope_theta"))
+
+
+def _rope(values: dict[str, Any]) -> tuple[float, YarnConfig | None]:
+    old, new = _object(values, "rope_scaling"), _object(values, "rope_parameters")
+    if old and new and {k: v for k, v in new.items() if k != "rope_theta"} != old:
+        raise ValueError(
+            f"config.json: rope_scaling and rope_parameters contradict each other: {old} and {new}"
+        )
+    theta, outer = _number("rope_theta", _rope_theta(values)), values.get("rope_theta")
+    if outer is not None and outer != theta:
+        raise ValueError(
+            f"config.json: rope_theta must equal that of rope_parameters, got {outer} and {theta}"
+        )
+    rope = new or old
+    rope.pop("rope_theta", None)
+    kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope} or {"default"}
+    if kinds != {"default"} and kinds != {"yarn"}:
+        raise ValueError(
+            f"config.json: the rope type must be default or yarn, got {' and '.join(sorted(kinds))}"
+        )
+    for key, honoured in (("partial_rotary_factor", 1.0), ("truncate", True), ("attention_factor", None)):
+        if rope.pop(key, honoured) != honoured:
+            raise ValueError(f"config.json: {key} of the rope must be {honoured} or absent")
+    if kinds == {"default"}:
+        if rope:
+            raise ValueError(f"config.json: a rope of type default takes no {', '.join(sorted(rope))}")
+        return theta, None
+    return theta, _yarn(rope)
+
+
+def _yarn(rope: dict[str, Any]) -> YarnConfig:
+    missing = [key for key in ("factor", "original_max_position_embeddings") if rope.get(key) is None]
+    if missing:
+        raise ValueError(f"config.json: a rope of type yarn needs {', '.join(missing)}")
+    # DeepSeek's reading of absent keys: mscale_all_dim 0 means no attention temperature.
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+    numbers = {key: _number(key, rope.pop(key, default)) for key, default in defaults.items()}
+    factor = _number("factor", rope.pop("factor"))
+    original = _integer("original_max_position_embeddings", rope.pop("original_max_position_embeddings"))
+    if rope:
+        raise ValueError(f"config.json: a rope of type yarn takes no {', '.join(sorted(rope))}")
+    return YarnConfig(factor=factor, original_seq_len=original, **numbers)
+
+
+def _quantization(values: dict[str, Any]) -> Fp8Config | None:
+    if not values:
+        return None
+    honoured: dict[str, tuple[Any, ...]] = {
+        "quant_method": ("fp8",),
+        "fmt": ("e4m3", None),
+        "activation_scheme": ("dynamic", None),
+        "weight_block_size": ([128, 128],),
+        "scale_fmt": ("ue8m0", None),
+    }
+    for key, options in honoured.items():
+        if values.get(key) not in options:
+            raise ValueError(
+                f"config.json: {key} of quantization_config must be {options[0]}, got {values.get(key)}"
+            )
+    # The lists of tensors left unquantised are not needed: the reader goes by each tensor's own dtype.
+    if unknown := sorted(set(values) - set(honoured) - {"modules_to_not_convert", "ignored_layers"}):
+        raise ValueError(
+            f"config.json: quantization_config has unknown keys {', '.join(unknown)}; remove them"
+        )
+    return Fp8Config(scale_fmt=values.get("scale_fmt"))
+
+
+def _integer(key: str, value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"config.json: {key} must be an integer, got {value!r}")
+    return value
+
+
+def _number(key: str, value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"config.json: {key} must be a number, got {value!r}")
+    return float(value)

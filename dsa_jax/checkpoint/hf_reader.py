@@ -1,0 +1,163 @@
+"""A Hugging Face checkpoint folder: its config.json and the tensors of all its shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsa_jax.checkpoint.blocks import dequantize_blocks
+from dsa_jax.checkpoint.files import read_json_object
+from dsa_jax.checkpoint.hf_config import from_hf
+from dsa_jax.checkpoint.names import SCALE_SUFFIX, layer_prefix
+from dsa_jax.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
+from dsa_jax.checkpoint.tensors import FP8, Carried
+from dsa_jax.config import ModelConfig
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_CARRIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".md")
+_NOT_CARRIED = {"config.json", INDEX_FILE, "dsa_jax_tensors.json", "INCOMPLETE.json"}
+
+logger = logging.getLogger(__name__)
+
+
+def load_hf_config(path: str | Path, *, ignore: Iterable[str] = (), **switches: Any) -> ModelConfig:
+    """The ModelConfig of a checkpoint folder; `switches` are ModelConfig fields, `ignore` as in from_hf.
+
+    When config.json announces an MTP layer and the folder's weights have none (transformers does not write
+    it), n_mtp_layers becomes 0 and a warning is logged, unless `switches` sets n_mtp_layers.
+    Raises ValueError for what from_hf refuses and for unreadable JSON, FileNotFoundError without config.json.
+    """
+    path = Path(path)
+    config = from_hf(read_json_object(path / "config.json"), ignore=ignore, **switches)
+    names = _stored_names(path)
+    if not names or not config.n_mtp_layers or "n_mtp_layers" in switches:
+        return config
+    if any(name.startswith(layer_prefix(config.n_layers)) for name in names):
+        return config
+    logger.warning(
+        "%s: config.json announces an MTP layer, no tensor of layer %d is stored: n_mtp_layers is set to 0",
+        path,
+        config.n_layers,
+    )
+    return dataclasses.replace(config, n_mtp_layers=0)
+
+
+class HfFolder:
+    """The tensors of a checkpoint folder over all its shards.
+
+    entries: name -> TensorEntry; faults: kind of fault of index and shards -> what has it;
+    unreadable: names the index lists that are not where it puts them, and so not missing a second time.
+    Raises ValueError when the folder has no weights at all, or two conflicting sets of them.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.entries: dict[str, TensorEntry] = {}
+        self.faults: dict[str, list[str]] = {}
+        self.unreadable: set[str] = set()
+        self._files: dict[str, SafetensorsFile] = {}
+        weight_map = _weight_map(self.path)
+        if weight_map is None and not (self.path / SINGLE_FILE).is_file():
+            raise ValueError(
+                f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give the folder of a "
+                "Hugging Face checkpoint in safetensors format"
+            )
+        for shard in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]:
+            self._open(shard, weight_map or {})
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read so far, headers not counted."""
+        return sum(file.bytes_read for file in set(self._files.values()))
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as stored. Raises KeyError for a name not in `entries`."""
+        return self._files[name].read(name)
+
+    def read_rows(self, name: str, start: int, stop: int, columns: slice = slice(None)) -> np.ndarray:
+        """Rows start..stop as stored, of a matrix only these columns; as SafetensorsFile.read_rows."""
+        return self._files[name].read_rows(name, start, stop, columns)
+
+    def read_weight(self, name: str) -> np.ndarray:
+        """The tensor as stored, or float32 with its block scales multiplied in when stored in FP8."""
+        stored = self.read(name)
+        if self.entries[name].dtype != FP8:
+            return stored
+        return dequantize_blocks(stored, self.read(name + SCALE_SUFFIX))
+
+    def _open(self, shard: str, weight_map: Mapping[str, str]) -> None:
+        expected = {name for name, place in weight_map.items() if place == shard}
+        try:
+            opened = SafetensorsFile(self.path / shard)
+        except FileNotFoundError:
+            self._fault("shards missing, download them", f"{shard} with {len(expected)} tensors")
+            self.unreadable |= expected
+            return
+        except ValueError as error:
+            self._fault("unreadable shards", str(error))
+            self.unreadable |= expected
+            return
+        for name in sorted(expected - set(opened.entries)):
+            self._fault("tensors not in the shard the index names", f"{name} in {shard}")
+            self.unreadable.add(name)
+        for name, entry in opened.entries.items():
+            if name in self.entries:
+                self._fault("tensors stored twice", f"{name} in {self._files[name].path.name} and {shard}")
+            elif weight_map.get(name, shard) != shard:
+                self._fault("tensors in another shard than the index names", f"{name} in {shard}")
+            self.entries[name] = entry
+            self._files[name] = opened
+
+    def _fault(self, kind: str, detail: str) -> None:
+        self.faults.setdefault(kind, []).append(detail)
+
+
+def carried_files(path: Path) -> tuple[Path, ...]:
+    """Tokenizer, chat template and generation settings of a folder: the small files that are not weights."""
+    return tuple(
+        file
+        for file in sorted(path.iterdir())
+        if file.is_file() and file.suffix in _CARRIED_SUFFIXES and file.name not in _NOT_CARRIED
+    )
+
+
+def hf_carried(folder: HfFolder) -> Carried:
+    """What a conversion of the folder passes on."""
+    return Carried(
+        hf_config=read_json_object(folder.path / "config.json"),
+        files=carried_files(folder.path),
+        stored={name: entry.dtype for name, entry in folder.entries.items()},
+    )
+
+
+def _stored_names(path: Path) -> Iterable[str]:
+    weight_map = _weight_map(path)
+    if weight_map is not None:
+        return weight_map
+    return SafetensorsFile(path / SINGLE_FILE).entries if (path / SINGLE_FILE).is_file() else ()
+
+
+def _weight_map(path: Path) -> dict[str, str] | None:
+    """Tensor name -> shard file name of the folder's index; None when it has no index."""
+    if not (path / INDEX_FILE).is_file():
+        return None
+    if (path / SINGLE_FILE).is_file():
+        raise ValueError(
+            f"{path} holds both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is out of date"
+        )
+    weight_map = read_json_object(path / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path / INDEX_FILE} has no weight_map of tensor names; re-download it")
+    for name, shard in weight_map.items():
+        # A shard outside the folder is never right, and an index is downloaded data.
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(
+                f"{path / INDEX_FILE} puts {name} into {shard!r}, not a .safetensors file; re-download it"
+            )
+    return weight_map
