@@ -15,3 +15,20 @@ def einsum(equation: str, x: Array, y: Array) -> Array:
     dtype = jnp.promote_types(x.dtype, y.dtype)
     precision = lax.Precision.DEFAULT if jnp.finfo(dtype).bits < 32 else lax.Precision.HIGHEST
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=accumulator(dtype))
+
+
+def exponentials(logits: Array) -> tuple[Array, Array, Array]:
+    """exp(logits - highest), its sum over the last axis (1 where nothing is visible), and the log-sum-exp.
+
+    logits are -inf where not visible; a row of nothing else gives exponentials of 0 and a log-sum-exp of -inf.
+    """
+    highest = logits.max(axis=-1, keepdims=True)
+    highest = jnp.where(highest == -jnp.inf, 0.0, highest)
+    e = jnp.exp(logits - highest)
+    total = e.sum(axis=-1, keepdims=True)
+    return e, jnp.where(total == 0.0, 1.0, total), (jnp.log(total) + highest)[..., 0]
+
+
+def probabilities(logits: Array, lse: Array) -> Array:
+    """exp(logits - lse), 0 where lse is -inf because nothing is visible."""
+    return jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])

@@ -13,8 +13,9 @@ from jax import lax
 from jax.scipy.special import xlogy
 from jaxtyping import Array, Float
 
-from pallas_kernels.arithmetic import accumulator, einsum
+from pallas_kernels.arithmetic import accumulator, einsum, exponentials, probabilities
 from pallas_kernels.blocking import block_size, join_queries, map_query_blocks, split_queries
+from pallas_kernels.lists import gather, scatter_add
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]  # of q, k and weights
 
@@ -63,10 +64,9 @@ def loss_and_gradients(
         d_weights = (jax.nn.relu(dots) * d_scores[:, :, None]).sum(axis=-1)
         d_dots = jnp.where(dots > 0, weights[..., None] * d_scores[:, :, None], 0.0).astype(q.dtype)
         if _is_list(queries):
-            d_q = einsum("BTIK,BTKJ->BTIJ", d_dots, _gather(k, queries[-1]))
+            d_q = einsum("BTIK,BTKJ->BTIJ", d_dots, gather(k, queries[-1]))
             d_listed = einsum("BTIK,BTIJ->BTKJ", d_dots, q)
-            add = jax.vmap(lambda total, i, d: total.at[i].add(d))
-            d_k = add(d_k, jnp.maximum(queries[-1], 0), d_listed)
+            d_k = scatter_add(d_k, queries[-1], d_listed)
         else:
             d_q = einsum("BTIS,BSJ->BTIJ", d_dots, k)
             d_k = d_k + einsum("BTIS,BTIJ->BSJ", d_dots, q)
@@ -84,10 +84,6 @@ def _is_list(queries: Any) -> bool:
     return len(queries) == 4
 
 
-def _gather(keys: jax.Array, indices: jax.Array) -> jax.Array:
-    return jax.vmap(lambda rows, i: rows[i])(keys, jnp.maximum(indices, 0))
-
-
 def _queries_per_block(q: jax.Array, k: jax.Array, queries: Any, keys: Any) -> int:
     B, T, I, J = q.shape
     N, X = queries[2].shape[-1], queries[-1].shape[-1] if _is_list(queries) else k.shape[1]
@@ -99,10 +95,10 @@ def _dots_and_target(q, k, queries, keys, scale):
     """Index dots [B T I X], target p [B T X] (sums to 1, or is 0 without keys), seen [B T X]; X is S or K."""
     if _is_list(queries):
         q_latent, q_rope, lse, indices = queries
-        latent, k_rope = (_gather(x, indices) for x in keys)
+        latent, k_rope = (gather(x, indices) for x in keys)
         seen = indices >= 0
         logits = einsum("BTNC,BTKC->BTNK", q_latent, latent) + einsum("BTNR,BTKR->BTNK", q_rope, k_rope)
-        dots = einsum("BTIJ,BTKJ->BTIK", q, _gather(k, indices))
+        dots = einsum("BTIJ,BTKJ->BTIK", q, gather(k, indices))
     else:
         q_nope, q_rope, lse, key_start, key_stop = queries
         k_nope, k_rope = keys
@@ -111,7 +107,7 @@ def _dots_and_target(q, k, queries, keys, scale):
         logits = einsum("BTNP,BSNP->BTNS", q_nope, k_nope) + einsum("BTNR,BSR->BTNS", q_rope, k_rope)
         dots = einsum("BTIJ,BSJ->BTIS", q, k)
     logits = jnp.where(seen[:, :, None], logits * scale, -jnp.inf)
-    p = jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]).sum(axis=2)
+    p = probabilities(logits, lse).sum(axis=2)
     total = p.sum(axis=-1, keepdims=True)
     return dots, p / jnp.where(total == 0.0, 1.0, total), seen
 
@@ -122,11 +118,7 @@ def _scores(dots, weights, seen):
 
 def _kl(scores, p):
     """KL(p || softmax(scores)) [B T] and softmax(scores); 0 where a row has no key."""
-    highest = scores.max(axis=-1, keepdims=True)
-    highest = jnp.where(highest == -jnp.inf, 0.0, highest)
-    e = jnp.exp(scores - highest)
-    total = e.sum(axis=-1, keepdims=True)
-    empty = total == 0.0
-    log_softmax = scores - highest - jnp.log(jnp.where(empty, 1.0, total))
+    e, total, lse = exponentials(scores)
+    log_softmax = scores - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
     kl = (xlogy(p, p) - jnp.where(p > 0, p * log_softmax, 0.0)).sum(axis=-1)
-    return kl, e / jnp.where(empty, 1.0, total)
+    return kl, e / total

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.arithmetic import accumulator, einsum
+from pallas_kernels.arithmetic import accumulator, einsum, exponentials, probabilities
 from pallas_kernels.blocking import block_size, join_queries, map_query_blocks, split_queries
 
 
@@ -26,12 +26,9 @@ def forward(
     def attend(q_nope, q_rope, key_start, key_stop, *topk_indices):
         seen = _seen(key_start, key_stop, topk_indices, k_rope.shape[1])
         logits = _logits(q_nope, q_rope, k_nope, k_rope, seen, scale)
-        highest = logits.max(axis=-1, keepdims=True)
-        highest = jnp.where(highest == -jnp.inf, 0.0, highest)  # a row without keys: exp(-inf - 0) = 0
-        p = jnp.exp(logits - highest)
-        total = p.sum(axis=-1, keepdims=True)
-        out = einsum("BTNS,BSNH->BTNH", p.astype(v.dtype), v) / jnp.where(total == 0.0, 1.0, total)
-        return out.astype(q_nope.dtype), (jnp.log(total) + highest)[..., 0]
+        p, total, lse = exponentials(logits)
+        out = einsum("BTNS,BSNH->BTNH", p.astype(v.dtype), v) / total
+        return out.astype(q_nope.dtype), lse
 
     queries = _present(q_nope, q_rope, key_start, key_stop, topk_indices)
     return map_query_blocks(attend, _queries_per_block(q_nope, k_rope), *queries)
@@ -66,7 +63,7 @@ def backward(
         q_nope, q_rope, out, lse, d_out, d_lse, key_start, key_stop, *topk_indices = xs
         seen = _seen(key_start, key_stop, topk_indices, k_rope.shape[1])
         logits = _logits(q_nope, q_rope, k_nope, k_rope, seen, scale)
-        p = jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
+        p = probabilities(logits, lse)
         delta = (d_out.astype(sum_dtype) * out.astype(sum_dtype)).sum(axis=-1) - d_lse
         d_logits = p * (einsum("BTNH,BSNH->BTNS", d_out, v) - delta[..., None]) * scale
         p, d_logits = p.astype(v.dtype), d_logits.astype(v.dtype)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.arithmetic import accumulator, einsum
+from pallas_kernels.arithmetic import accumulator, einsum, exponentials, probabilities
 from pallas_kernels.blocking import block_size, join_queries, map_query_blocks, split_queries
+from pallas_kernels.lists import gather, scatter_add
 
 
 def forward(
@@ -21,14 +22,11 @@ def forward(
     """See ``pallas_kernels.sparse_mla``."""
 
     def attend(q_latent, q_rope, topk_indices):
-        c, r = _gather(latent, topk_indices), _gather(k_rope, topk_indices)
+        c, r = gather(latent, topk_indices), gather(k_rope, topk_indices)
         logits = _logits(q_latent, q_rope, c, r, topk_indices, scale)
-        highest = logits.max(axis=-1, keepdims=True)
-        highest = jnp.where(highest == -jnp.inf, 0.0, highest)  # a row without keys: exp(-inf - 0) = 0
-        p = jnp.exp(logits - highest)
-        total = p.sum(axis=-1, keepdims=True)
-        out = einsum("BTNK,BTKC->BTNC", p.astype(c.dtype), c) / jnp.where(total == 0.0, 1.0, total)
-        return out.astype(q_latent.dtype), (jnp.log(total) + highest)[..., 0]
+        p, total, lse = exponentials(logits)
+        out = einsum("BTNK,BTKC->BTNC", p.astype(c.dtype), c) / total
+        return out.astype(q_latent.dtype), lse
 
     block = _queries_per_block(q_latent, q_rope, topk_indices)
     return map_query_blocks(attend, block, q_latent, q_rope, topk_indices)
@@ -55,9 +53,9 @@ def backward(
 
     def one_block(key_gradients, xs):
         q_latent, q_rope, topk_indices, out, lse, d_out, d_lse = xs
-        c, r = _gather(latent, topk_indices), _gather(k_rope, topk_indices)
+        c, r = gather(latent, topk_indices), gather(k_rope, topk_indices)
         logits = _logits(q_latent, q_rope, c, r, topk_indices, scale)
-        p = jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
+        p = probabilities(logits, lse)
         delta = (d_out.astype(sum_dtype) * out.astype(sum_dtype)).sum(axis=-1) - d_lse
         d_logits = p * (einsum("BTNC,BTKC->BTNK", d_out, c) - delta[..., None]) * scale
         p, d_logits = p.astype(c.dtype), d_logits.astype(c.dtype)
@@ -67,7 +65,7 @@ def backward(
         d_c = einsum("BTNK,BTNC->BTKC", d_logits, q_latent) + einsum("BTNK,BTNC->BTKC", p, d_out)
         d_r = einsum("BTNK,BTNR->BTKR", d_logits, q_rope)
         key_gradients = jax.tree.map(
-            lambda total, d: _scatter_add(total, topk_indices, d), key_gradients, (d_c, d_r)
+            lambda total, d: scatter_add(total, topk_indices, d), key_gradients, (d_c, d_r)
         )
         return key_gradients, (d_q_latent.astype(q_latent.dtype), d_q_rope.astype(q_rope.dtype))
 
@@ -85,16 +83,6 @@ def _queries_per_block(q_latent: jax.Array, q_rope: jax.Array, topk_indices: jax
     B, T, N, C = q_latent.shape
     per_key = (C + q_rope.shape[-1]) * q_latent.dtype.itemsize + 3 * N * 4  # gathered rows; logits, p, a copy
     return block_size(T, B * topk_indices.shape[-1] * per_key)
-
-
-def _gather(keys: jax.Array, topk_indices: jax.Array) -> jax.Array:
-    """[B S X], [B T K] -> [B T K X]; a -1 reads row 0, and _logits gives it no weight."""
-    return jax.vmap(lambda rows, i: rows[i])(keys, jnp.maximum(topk_indices, 0))
-
-
-def _scatter_add(total: jax.Array, topk_indices: jax.Array, update: jax.Array) -> jax.Array:
-    """Adds [B T K X] into [B S X]; a -1 adds 0 to row 0."""
-    return jax.vmap(lambda rows, i, x: rows.at[i].add(x))(total, jnp.maximum(topk_indices, 0), update)
 
 
 def _logits(q_latent, q_rope, c, r, topk_indices, scale):
