@@ -6,12 +6,13 @@ import jax.numpy as jnp
 
 from dsa_jax.cache import Arrays, Placement, store
 from dsa_jax.config import ModelConfig
+from dsa_jax.index_loss import index_loss
 from dsa_jax.mla import Mla, attend, compress
 from dsa_jax.moe import Ffn, Moe, moe, swiglu
 from dsa_jax.norm import rms_norm
 from dsa_jax.rope import Rotation
 
-CAPTURABLE = ("index_scores", "topk_indices", "attn", "ffn", "out", "experts", "expert_weights")
+CAPTURABLE = ("index_scores", "topk_indices", "index_kl", "attn", "ffn", "out", "experts", "expert_weights")
 
 
 class Block(nn.Module):
@@ -32,7 +33,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Arrays | None, dict[str, jax.Array]]:
         """x [B T D]; ``cached`` holds all layers' cache arrays, of which this layer uses index ``layer``.
 
-        Returns x, the cache arrays with the new tokens, and expert_load plus whatever ``capture`` names.
+        Returns x, the cache arrays with the new tokens, and expert_load, index_loss and whatever ``capture`` names.
         """
         c = self.config
         attn_norm = self.param("attn_norm", nn.initializers.ones, (c.d_model,), jnp.float32)
@@ -44,7 +45,16 @@ class Block(nn.Module):
             q_compressed, keys = compress(h, rotation, attn, c)
             if cached is not None:
                 cached, keys = store(cached, layer, placement.slots, keys)
-            attention, aux = attend(h, q_compressed, keys, rotation, placement, attn, c, capture)
+            wanted = capture
+            if c.index_loss:
+                wanted += ("lse", "topk_indices") if c.attention == "sparse" else ("lse",)
+            attention, aux = attend(h, q_compressed, keys, rotation, placement, attn, c, wanted)
+        if c.index_loss:
+            with jax.named_scope("index_loss"):
+                target = aux["lse"], aux.get("topk_indices")
+                loss, kl = index_loss(h, q_compressed, keys, rotation, placement, attn, c, *target)
+            aux = {name: value for name, value in (aux | {"index_kl": kl}).items() if name in capture}
+            aux["index_loss"] = loss
 
         # The norm reads the float32 sum; only the residual that is carried on is rounded (inference/model.py).
         residual = x.astype(jnp.float32) + attention.astype(jnp.float32)

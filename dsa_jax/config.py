@@ -91,6 +91,7 @@ class ModelConfig:
     stream, latent_norm_eps in q_norm and kv_norm, index_norm_eps in the indexer's LayerNorm. mtp_hidden: the
     MTP layer reads the trunk after or before its final norm; mtp_shared_embeddings: it reuses embed and head
     (False: it owns copies, as in the released checkpoint). fp8 describes stored weights, not arithmetic.
+    index_loss: the model also returns the indexer's KL to its attention, dense or sparse as that is.
     Raises ValueError when two values contradict each other.
     """
 
@@ -135,6 +136,7 @@ class ModelConfig:
     attention: Literal["sparse", "dense"] = "sparse"
     attention_form: Literal["auto", "mha", "mqa"] = "auto"
     index_fp8: bool = False
+    index_loss: bool = False
     kv_fp8: bool = False
     implementation: Literal[None, "xla", "mosaic_tpu", "mosaic_gpu"] = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -91,7 +91,7 @@ def attend(
     config: ModelConfig,
     capture: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
-    """Attention output for T queries over S keys, and the captured "index_scores" and "topk_indices".
+    """Attention output for T queries over S keys, and what is captured of "index_scores", "topk_indices", "lse".
 
     Selection, and in the MQA form everything per query and head, runs over ``config.query_block`` queries at
     a time, so that memory does not grow with T x S or T x N x C. When no query can see more than
@@ -102,6 +102,7 @@ def attend(
     T, S = x.shape[1], latent.shape[1]
     captured = [name for name in ("index_scores", "topk_indices") if name in capture]
     selects = config.attention == "sparse" and (S > config.index_topk or bool(captured))
+    wants_lse = "lse" in capture
 
     def select(x, q_compressed, rotation, key_start, key_stop):
         q, weights = index_queries(x, q_compressed, rotation, parameters["indexer"], config)
@@ -128,12 +129,13 @@ def attend(
             if selects
             else (None, {})
         )
-        q_nope, q_rope = _queries(q_compressed, rotation, parameters, config)
-        k_nope, v = _expand(latent, parameters, config)
-        out, _ = kernels.masked_mha(
+        q_nope, q_rope = queries(q_compressed, rotation, parameters, config)
+        k_nope, v = expand(latent, parameters, config)
+        out, lse = kernels.masked_mha(
             q_nope, q_rope, k_nope, k_rope, v, *bounds, chosen,
             scale=config.softmax_scale, implementation=config.implementation,
         )  # fmt: skip
+        extras |= {"lse": lse} if wants_lse else {}
         return linear(out.reshape(*out.shape[:2], -1), parameters["wo"]), extras
 
     # One rounding at the end of the backward pass, not one per block: blocks add their gradients in float32.
@@ -144,14 +146,15 @@ def attend(
             chosen, extras = select(x, q_compressed, (cos, sin), key_start, key_stop)
         else:
             chosen, extras = _all_visible(key_start, key_stop, S), {}
-        q_nope, q_rope = _queries(q_compressed, (cos, sin), parameters, config)
-        w_uk, w_uv = _absorbed_weights(parameters, config, x.dtype)
-        out, _ = kernels.sparse_mla(
+        q_nope, q_rope = queries(q_compressed, (cos, sin), parameters, config)
+        w_uk, w_uv = absorbed_weights(parameters, config, x.dtype)
+        out, lse = kernels.sparse_mla(
             jnp.einsum("BTNP,CNP->BTNC", q_nope, w_uk),
             q_rope, latent32.astype(latent.dtype), k_rope32.astype(k_rope.dtype), chosen,
             scale=config.softmax_scale, implementation=config.implementation,
         )  # fmt: skip
         out = jnp.einsum("BTNC,CNH->BTNH", out, w_uv)
+        extras |= {"lse": lse} if wants_lse else {}
         return linear(out.reshape(*out.shape[:2], -1), parameters["wo"]), extras
 
     attend_block = jax.checkpoint(
@@ -160,19 +163,28 @@ def attend(
     return map_query_blocks(attend_block, config.query_block, x, q_compressed, *rotation, *bounds)
 
 
-def _queries(q_compressed, rotation, parameters, config):
+def queries(
+    q_compressed: Float[Array, "B T Q"], rotation: Rotation, parameters: Parameters, config: ModelConfig
+) -> tuple[Float[Array, "B T N P"], Float[Array, "B T N R"]]:
+    """The heads' queries: the part without position, and the rotated part."""
     q = linear(q_compressed, parameters["wq_b"]).reshape(*q_compressed.shape[:2], config.n_heads, -1)
     q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
     return q_nope, rotate_interleaved(q_rope, rotation)
 
 
-def _expand(latent, parameters, config):
-    """Keys and values of all heads; the rows of wkv_b are head by head, each first P of k, then H of v."""
+def expand(
+    latent: Float[Array, "B S C"], parameters: Parameters, config: ModelConfig
+) -> tuple[Float[Array, "B S N P"], Float[Array, "B S N H"]]:
+    """Keys (without position) and values of all heads. wkv_b goes head by head: first P for k, then H for v."""
     kv = linear(latent, parameters["wkv_b"]).reshape(*latent.shape[:2], config.n_heads, -1)
-    return jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
+    k_nope, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
+    return k_nope, v
 
 
-def _absorbed_weights(parameters, config, dtype):
+def absorbed_weights(
+    parameters: Parameters, config: ModelConfig, dtype: jnp.dtype
+) -> tuple[Float[Array, "C N P"], Float[Array, "C N H"]]:
+    """W_uk, which takes queries into the latent space, and W_uv, which takes outputs out of it."""
     w = as_matrix(parameters["wkv_b"], dtype).reshape(config.kv_lora_rank, config.n_heads, -1)
     return w[..., : config.qk_nope_head_dim], w[..., config.qk_nope_head_dim :]
 

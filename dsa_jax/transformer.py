@@ -63,7 +63,8 @@ class Transformer(nn.Module):
 
         Returns:
           logits [B T V] float32 ([B 1 V] with logits_at), the new cache, and aux: "hidden" [B T D] (what the
-          MTP layer reads), "expert_load" [n_moe_layers E], and the captured arrays [L B T ...].
+          MTP layer reads), "expert_load" [n_moe_layers E], with ``config.index_loss`` "index_loss" [L] (the
+          indexers' KL summed over the valid tokens), and the captured arrays [L B T ...].
 
         Raises:
           ValueError: shapes contradict each other, or an unknown or unavailable name in ``capture``.
@@ -191,6 +192,8 @@ class Transformer(nn.Module):
 def _check_capture(capture: tuple[str, ...], config: ModelConfig) -> None:
     if unknown := set(capture) - set(CAPTURABLE):
         raise ValueError(f"capture must name some of {CAPTURABLE}, got {sorted(unknown)}")
+    if "index_kl" in capture and not config.index_loss:
+        raise ValueError("capture of ['index_kl'] needs index_loss=True, got False")
     if config.attention == "dense" and (unavailable := {"index_scores", "topk_indices"} & set(capture)):
         raise ValueError(f"capture of {sorted(unavailable)} needs attention='sparse', got 'dense'")
 
