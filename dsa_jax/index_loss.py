@@ -18,7 +18,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.indexer import index_queries
 from dsa_jax.mla import Keys, absorbed_weights, expand, queries
 from dsa_jax.rope import Rotation
-from pallas_kernels.blocking import split_queries
+from pallas_kernels.blocking import join_queries, split_queries
 
 
 def index_loss(
@@ -63,10 +63,10 @@ def index_loss(
         )  # fmt: skip
         return total + loss, kl
 
-    B, T = x.shape[:2]
+    T = x.shape[1]
     arrays = (x, q_compressed, *rotation, lse, topk_indices, token_weights)
     block = min(config.query_block, T)
     total, kl = jax.lax.scan(
         one_block, jnp.float32(0.0), tuple(split_queries(array, block) for array in arrays)
     )
-    return total, jnp.moveaxis(kl, 0, 1).reshape(B, -1)[:, :T]
+    return total, join_queries(kl, T)

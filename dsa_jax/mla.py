@@ -11,7 +11,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -25,6 +24,7 @@ from dsa_jax.norm import rms_norm
 from dsa_jax.quantize import fake_quantize
 from dsa_jax.rope import Rotation, rotate_interleaved
 from pallas_kernels.blocking import map_query_blocks
+from pallas_kernels.keys import visible
 
 Parameters = Mapping[str, Any]
 Keys = tuple[jax.Array, ...]  # latent [B S C], k_rope [B S R], index_k [B S J]
@@ -104,8 +104,8 @@ def attend(
     selects = config.attention == "sparse" and (S > config.index_topk or bool(captured))
     wants_lse = "lse" in capture
 
-    def select(x, q_compressed, rotation, key_start, key_stop):
-        q, weights = index_queries(x, q_compressed, rotation, parameters["indexer"], config)
+    def select(x, q_compressed, cos, sin, key_start, key_stop):
+        q, weights = index_queries(x, q_compressed, (cos, sin), parameters["indexer"], config)
         scores = kernels.index_scores(
             q, index_k, weights, key_start, key_stop, implementation=config.implementation
         )
@@ -120,12 +120,8 @@ def attend(
         return checkpoint_name(indices, "topk_indices"), {name: extras[name] for name in captured}
 
     if prefers_mha(config, T, S):
-
-        def select_block(x, q_compressed, cos, sin, key_start, key_stop):
-            return select(x, q_compressed, (cos, sin), key_start, key_stop)
-
         chosen, extras = (
-            map_query_blocks(select_block, config.query_block, x, q_compressed, *rotation, *bounds)
+            map_query_blocks(select, config.query_block, x, q_compressed, *rotation, *bounds)
             if selects
             else (None, {})
         )
@@ -143,7 +139,7 @@ def attend(
 
     def attend_block(x, q_compressed, cos, sin, key_start, key_stop):
         if selects:
-            chosen, extras = select(x, q_compressed, (cos, sin), key_start, key_stop)
+            chosen, extras = select(x, q_compressed, cos, sin, key_start, key_stop)
         else:
             chosen, extras = _all_visible(key_start, key_stop, S), {}
         q_nope, q_rope = queries(q_compressed, (cos, sin), parameters, config)
@@ -190,5 +186,4 @@ def absorbed_weights(
 
 
 def _all_visible(key_start, key_stop, S):
-    keys = lax.broadcasted_iota(jnp.int32, (*key_start.shape, S), 2)
-    return jnp.where((key_start[..., None] <= keys) & (keys < key_stop[..., None]), keys, -1)
+    return jnp.where(visible(key_start, key_stop, S), jnp.arange(S, dtype=jnp.int32), -1)

@@ -96,10 +96,7 @@ class Transformer(nn.Module):
         if c.n_mtp_layers and self.is_initializing():
             self.mtp_logits(aux["hidden"], tokens)
         read = normed if logits_at is None else jnp.take_along_axis(normed, logits_at[:, None, None], axis=1)
-        logits = _logits(read, self.head)
-        if cache is not None and new_cache is not None:
-            new_cache = _with_arrays(new_cache, cached)
-            logits = _nan_past_capacity(logits, new_cache)
+        logits, new_cache = _settle(_logits(read, self.head), new_cache, cached)
         return logits, new_cache, aux
 
     def mtp_logits(
@@ -135,10 +132,7 @@ class Transformer(nn.Module):
         cached = None if cache is None else cache.arrays
         embedded = owner.embed[next_tokens].astype(c.dtype)
         out, cached, aux = self.mtp(hidden.astype(c.dtype), embedded, cached, rope, placement, capture)
-        logits = _logits(out, owner.head)
-        if cache is not None and new_cache is not None:
-            new_cache = _with_arrays(new_cache, cached)
-            logits = _nan_past_capacity(logits, new_cache)
+        logits, new_cache = _settle(_logits(out, owner.head), new_cache, cached)
         return logits, new_cache, aux | {"hidden": out}
 
     def _place(
@@ -204,11 +198,10 @@ def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
     return jnp.matmul(x, head.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _with_arrays(cache: Cache, arrays: Arrays | None) -> Cache:
-    assert arrays is not None
+def _settle(logits: jax.Array, cache: Cache | None, arrays: Arrays | None) -> tuple[jax.Array, Cache | None]:
+    """Puts the layers' arrays into the placed cache, and NaN into the logits of rows that outgrew it."""
+    if cache is None or arrays is None:
+        return logits, cache
     latent, k_rope, index_k = arrays
-    return dataclasses.replace(cache, latent=latent, k_rope=k_rope, index_k=index_k)
-
-
-def _nan_past_capacity(logits: jax.Array, cache: Cache) -> jax.Array:
-    return jnp.where((cache.length > cache.capacity)[:, None, None], jnp.nan, logits)
+    cache = dataclasses.replace(cache, latent=latent, k_rope=k_rope, index_k=index_k)
+    return jnp.where((cache.length > cache.capacity)[:, None, None], jnp.nan, logits), cache

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-BLOCK = 128
+from dsa_jax.fp8_weight import BLOCK
+
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 1e-4
 """An all-zero block still gets a scale that can be divided by."""

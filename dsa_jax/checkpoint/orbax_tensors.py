@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dsa_jax.checkpoint.blocks import BLOCK
 from dsa_jax.checkpoint.files import read_json_object
 from dsa_jax.checkpoint.names import SCALE_SUFFIX, TensorRow, scale_shape, tensor_table
 from dsa_jax.checkpoint.orbax_folder import CARRIED_FOLDER, TENSORS_FILE, Leaf, OrbaxReader
@@ -15,6 +14,7 @@ from dsa_jax.checkpoint.pieces import Piece, from_leaf
 from dsa_jax.checkpoint.safetensors_file import DTYPES, TensorEntry
 from dsa_jax.checkpoint.tensors import FP8, Carried
 from dsa_jax.config import ModelConfig
+from dsa_jax.fp8_weight import BLOCK
 
 VALUES, SCALES = "values", "scales"
 """Keys below an FP8 leaf, also the fields of Fp8Weight."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.arithmetic import accumulator, einsum, exponentials, probabilities
 from pallas_kernels.blocking import block_size, join_queries, map_query_blocks, split_queries
-from pallas_kernels.lists import gather, scatter_add
+from pallas_kernels.keys import gather, scatter_add, visible
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]  # of q, k and weights
 
@@ -102,8 +102,7 @@ def _dots_and_target(q, k, queries, keys, scale):
     else:
         q_nope, q_rope, lse, key_start, key_stop = queries
         k_nope, k_rope = keys
-        slots = jnp.arange(k.shape[1])
-        seen = (key_start[..., None] <= slots) & (slots < key_stop[..., None])
+        seen = visible(key_start, key_stop, k.shape[1])
         logits = einsum("BTNP,BSNP->BTNS", q_nope, k_nope) + einsum("BTNR,BSR->BTNS", q_rope, k_rope)
         dots = einsum("BTIJ,BSJ->BTIS", q, k)
     logits = jnp.where(seen[:, :, None], logits * scale, -jnp.inf)

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arithmetic import accumulator, einsum
 from pallas_kernels.blocking import block_size, map_query_blocks
+from pallas_kernels.keys import visible
 
 
 def index_scores(
@@ -21,7 +22,6 @@ def index_scores(
         q, k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
     B, T, I, _ = q.shape
     S = k.shape[1]
-    keys = jnp.arange(S)
 
     @jax.checkpoint
     def block_scores(q, weights, key_start, key_stop):
@@ -29,8 +29,7 @@ def index_scores(
         scores = (jax.nn.relu(dots) * weights[..., None]).sum(axis=2)
         if k_scale is not None:
             scores = scores * k_scale[:, None, :]
-        visible = (key_start[..., None] <= keys) & (keys < key_stop[..., None])
-        return jnp.where(visible, scores, -jnp.inf)
+        return jnp.where(visible(key_start, key_stop, S), scores, -jnp.inf)
 
     block = block_size(T, B * S * I * accumulator(q.dtype).itemsize)
     return map_query_blocks(block_scores, block, q, weights, key_start, key_stop)

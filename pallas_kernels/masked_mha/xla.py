@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.arithmetic import accumulator, einsum, exponentials, probabilities
 from pallas_kernels.blocking import block_size, join_queries, map_query_blocks, split_queries
+from pallas_kernels.keys import visible
 
 
 def forward(
@@ -103,8 +104,7 @@ def _queries_per_block(q_nope: jax.Array, k_rope: jax.Array) -> int:
 
 
 def _seen(key_start, key_stop, topk_indices, S) -> Bool[Array, "B T S"]:
-    keys = jnp.arange(S)
-    seen = (key_start[..., None] <= keys) & (keys < key_stop[..., None])
+    seen = visible(key_start, key_stop, S)
     for indices in topk_indices:  # none, or one array
         listed = jnp.zeros((*indices.shape[:2], S + 1), bool)
         mark = jax.vmap(jax.vmap(lambda row, i: row.at[i].set(True)))

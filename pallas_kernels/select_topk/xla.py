@@ -4,6 +4,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.keys import visible
+
 
 def select_topk(
     scores: Float[Array, "B T S"],
@@ -15,9 +17,7 @@ def select_topk(
     S = scores.shape[-1]
     scores = lax.stop_gradient(scores) + 0.0  # -0.0 + 0.0 == +0.0; lax.top_k orders them apart
     if key_start is not None and key_stop is not None:
-        keys = jnp.arange(S)
-        visible = (key_start[..., None] <= keys) & (keys < key_stop[..., None])
-        scores = jnp.where(visible, scores, -jnp.inf)
+        scores = jnp.where(visible(key_start, key_stop, S), scores, -jnp.inf)
     values, indices = lax.top_k(scores, min(k, S))
     indices = jnp.sort(jnp.where(values == -jnp.inf, S, indices), axis=-1)  # S sorts behind every key
     indices = jnp.where(indices == S, -1, indices).astype(jnp.int32)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arithmetic import accumulator, einsum, exponentials, probabilities
 from pallas_kernels.blocking import block_size, join_queries, map_query_blocks, split_queries
-from pallas_kernels.lists import gather, scatter_add
+from pallas_kernels.keys import gather, scatter_add
 
 
 def forward(

@@ -14,18 +14,10 @@ from safetensors.numpy import save_file
 from dsa_jax.checkpoint import load_config, load_params
 from dsa_jax.checkpoint.hf_reader import HfFolder
 from dsa_jax.cli import main
-from tests.vectors.weights import write_release_checkpoint
 
 SHARD = "model-00002-of-00003.safetensors"
 WEIGHT = "model.layers.1.self_attn.o_proj.weight"
 Tensors = dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("release") / "fp8"
-    write_release_checkpoint(path)
-    return path
 
 
 def change_file(change: Callable[[bytearray], object]) -> Callable[[Path], None]:

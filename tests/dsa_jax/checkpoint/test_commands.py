@@ -7,14 +7,6 @@ import pytest
 
 from dsa_jax.checkpoint_commands import parse_size
 from dsa_jax.cli import main
-from tests.vectors.weights import write_release_checkpoint
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("release") / "fp8"
-    write_release_checkpoint(path)
-    return path
 
 
 @pytest.fixture(scope="module")

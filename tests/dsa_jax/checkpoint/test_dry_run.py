@@ -14,16 +14,9 @@ import pytest
 from dsa_jax.checkpoint import convert
 from dsa_jax.checkpoint.compare_tensors import compare_tensors, parse_layers
 from dsa_jax.checkpoint.dry_run import dry_run
-from tests.vectors.weights import write_release_checkpoint, write_sparse_release
+from tests.vectors.weights import write_sparse_release
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("release") / "fp8"
-    write_release_checkpoint(path)
-    return path
 
 
 @pytest.fixture(scope="module")

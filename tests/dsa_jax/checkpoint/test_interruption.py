@@ -18,7 +18,6 @@ import pytest
 from dsa_jax.checkpoint import conversion, convert, load_config, load_params, verify
 from dsa_jax.checkpoint.job import JOURNAL, MARKER, Job
 from dsa_jax.checkpoint.orbax_folder import OrbaxReader
-from tests.vectors.weights import write_release_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
 # Small pieces, small commits, and a pause after each, so that there is a middle to be killed in.
@@ -29,13 +28,6 @@ pieces.PIECE_BYTES, conversion._LARGEST_BATCH = 100_000, 500_000
 conversion.convert(sys.argv[1], sys.argv[2], max_shard_bytes=300_000,
                    on_progress=lambda done, total: time.sleep(0.02))
 """
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("release") / "fp8"
-    write_release_checkpoint(path)
-    return path
 
 
 @pytest.fixture

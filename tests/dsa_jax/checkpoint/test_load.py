@@ -20,16 +20,9 @@ from dsa_jax.checkpoint.hf_reader import HfFolder
 from dsa_jax.config import tiny
 from dsa_jax.fp8_weight import Fp8Weight
 from dsa_jax.transformer import Transformer
-from tests.vectors.weights import make_tokens, write_release_checkpoint
+from tests.vectors.weights import make_tokens
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("release") / "fp8"
-    write_release_checkpoint(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,14 @@
-"""Reading and adding to the keys that a list of indices names; -1 means no key."""
+"""The keys of a query: an interval of them, or a list of indices in which -1 means no key."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+
+def visible(key_start: Int[Array, "B T"], key_stop: Int[Array, "B T"], n_keys: int) -> Bool[Array, "B T S"]:
+    """Whether key s lies in the interval ``key_start <= s < key_stop`` of query t."""
+    keys = jnp.arange(n_keys)
+    return (key_start[..., None] <= keys) & (keys < key_stop[..., None])
 
 
 def gather(keys: Float[Array, "B S X"], indices: Int[Array, "B T K"]) -> Float[Array, "B T K X"]:
