@@ -13,7 +13,7 @@ PREFERRED = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}  # by jax.default_backend
 
 # Kernels whose present source has not passed its tests on hardware (docs/benchmarks.md says what did run): they
 # run when named, never by default.
-UNPROVED = frozenset((operation, "mosaic_gpu") for operation in ("index_scores", "select_topk", "sparse_mla"))
+UNPROVED: frozenset[tuple[str, str]] = frozenset()
 
 _logger = logging.getLogger(__name__)
 

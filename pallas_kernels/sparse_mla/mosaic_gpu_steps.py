@@ -216,8 +216,9 @@ class Hardware:
         def copy(ctx, found, latent, k_rope, keys, no_key, ready):
             thread = tc.thread_index() % 128
             row, chunk = thread // 8, thread % 8
-            target = row // 8 * ROW_GROUP_BYTES + row % 8 * 128 + (chunk ^ (row % 8)) * 16
-            target = tc.shared_address(keys) + target
+            target = tc.shared_address(keys) + (row // 8 * ROW_GROUP_BYTES + row % 8 * 128)
+            # ^ for +: given a uniform base, ptxas 13.5 writes [R + UR] beside a cache policy, which Hopper refuses
+            target = target ^ ((chunk ^ (row % 8)) * 16)
             latent, k_rope = (tc.global_address(ref).plus(chunk, 16) for ref in (latent, k_rope))
             indices = [Word(tc.lane_of(r, 0)) for r in found.registers.flat[4 * slot : 4 * slot + 4]]
             missing = [index.signed_less(0) for index in indices]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from dsa_jax.quantize import fake_quantize, quantize, rotate_hadamard
+from dsa_jax.quantize import _round_to_e4m3, fake_quantize, quantize, rotate_hadamard
 
 
 def reference(x, ue8m0):
@@ -36,6 +36,23 @@ def test_quantize_equals_numpy(ue8m0):
     else:  # XLA multiplies by 1 / 448, which differs from dividing in the last bit
         np.testing.assert_allclose(scales, expected_scales, rtol=2e-7)
         assert same.mean() > 0.999
+
+
+def test_quantising_and_dequantising_in_one_program_still_rounds():
+    x = np.random.default_rng(2).standard_normal((32, 256)).astype(np.float32)
+    values, scales = reference(x, ue8m0=True)
+    expected = values.astype(np.float32).reshape(32, 2, 128) * scales[..., None]
+    np.testing.assert_array_equal(jax.jit(fake_quantize)(jnp.asarray(x)), expected.reshape(32, 256))
+
+
+def test_every_e4m3_value_and_every_midpoint_rounds_as_ml_dtypes_rounds():
+    values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    values = np.sort(values[np.isfinite(values)])
+    middles = (values[1:] + values[:-1]) / 2
+    beside = [np.nextafter(middles, np.float32(side)) for side in (-1e9, 1e9)]
+    x = np.concatenate([values, middles, *beside])
+    expected = x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(_round_to_e4m3)(jnp.asarray(x)), expected)
 
 
 def test_power_of_two_scales_are_exact_in_bfloat16():
