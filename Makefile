@@ -10,14 +10,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test lint clean
 
 help:
-	@echo "make demo    install into .venv without PyTorch, then run the model end to end on a small checkpoint"
+	@echo "make demo    install into .venv without PyTorch, then let a small trained model continue a Python file"
+	@echo "             (make demo FILE=path.py: yours), with checks, speed and two pictures"
 	@echo "make test    install the test tools and PyTorch too, then check style, types and run the tests"
 	@echo "make lint    the style and type checks of make test alone"
 	@echo "make clean   remove .venv, runs/ and caches"
 
 # On CPU unless told otherwise: make test installs libtpu, which would look for a TPU first, and at length.
 demo: $(VENV)/.demo
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m dsa_jax.demo
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m dsa_jax.demo $(if $(FILE),'$(FILE)')
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --timeout 600 tests

@@ -33,7 +33,8 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Arrays | None, dict[str, jax.Array]]:
         """x [B T D]; ``cached`` holds all layers' cache arrays, of which this layer uses index ``layer``.
 
-        Returns x, the cache arrays with the new tokens, and expert_load, index_loss and whatever ``capture`` names.
+        Returns x, the cache arrays with the new tokens, and expert_load, balance, index_loss and whatever
+        ``capture`` names.
         """
         c = self.config
         attn_norm = self.param("attn_norm", nn.initializers.ones, (c.d_model,), jnp.float32)
@@ -62,7 +63,7 @@ class Block(nn.Module):
         with jax.named_scope("feed_forward"):
             if self.is_moe:
                 y, routing = moe(h, placement.valid, Moe(c, name="ffn")(), c)
-                aux |= {k: v for k, v in routing.items() if k in (*capture, "expert_load")}
+                aux |= {k: v for k, v in routing.items() if k in (*capture, "expert_load", "balance")}
             else:
                 y = swiglu(h, Ffn(c, c.d_ff, name="ffn")())
         x = x + y

@@ -154,6 +154,12 @@ class Compare:
     """Sequences."""
     seed: int = 0
     """Seed of the random tokens."""
+    text: Path | None = None
+    """Instead of random tokens: the beginning of this file, one sequence, through the model's tokenizer.json."""
+    same_keys: bool = False
+    """The reference attends to the keys that we selected. Over thousands of tokens rounding alone swaps a few keys
+    whose scores are equal to the last digits; the rest of the comparison is then about something else. The sets
+    themselves are compared as always: say how many may differ with --topk-equal."""
     index_fp8: bool = False
     """Quantise our indexer's queries and keys to FP8, as deployed."""
     kv_fp8: bool = False
@@ -189,6 +195,10 @@ class Compare:
         from dsa_jax.compare import Tolerance, compare, run_ours
         from dsa_jax.reference import transformers_reference
 
+        if self.vectors is not None and (self.same_keys or self.text is not None):
+            raise ValueError(
+                "--same-keys and --text go with --reference transformers, --vectors has its own numbers"
+            )
         if self.vectors is not None and self.reference is not None:
             raise ValueError("give either --vectors FILE.npz or --reference transformers, and not both")
         config = load_config(
@@ -209,10 +219,12 @@ class Compare:
                 )
             shape = (self.batch, self.seq_len)
             tokens = np.random.default_rng(self.seed).integers(0, config.vocab_size, shape)
+            if self.text is not None:
+                tokens = self._tokens_of_text()
         check_tokens(tokens, config)
-        if self.vectors is None:
-            reference = transformers_reference(self.model, tokens)
         ours = run_ours(load_params(self.model, config), config, tokens)
+        if self.vectors is None:
+            reference = transformers_reference(self.model, tokens, ours if self.same_keys else None)
         tolerance = Tolerance(
             logits=self.logits,
             index_scores=self.index_scores,
@@ -241,6 +253,21 @@ class Compare:
             }
             write_json(self.json, json.dumps(run | json.loads(report.to_json()), indent=2))
         return 1 if report.failures else 0
+
+    def _tokens_of_text(self) -> "np.ndarray":
+        """[1 seq_len]."""
+        import numpy as np
+
+        assert self.text is not None
+        tokenizer = read_tokenizer(self.model)
+        if tokenizer is None:
+            raise ValueError(f"--text needs tokenizer.json in {self.model}, which has none")
+        ids = tokenizer.encode(self.text.read_text(encoding="utf-8")).ids
+        if self.batch != 1 or len(ids) < self.seq_len:
+            raise ValueError(
+                f"--text gives one sequence of {len(ids)} tokens, got --batch {self.batch} --seq-len {self.seq_len}"
+            )
+        return np.asarray([ids[: self.seq_len]])
 
 
 def checked_folder(folder: Path) -> Path:

@@ -91,6 +91,7 @@ class ModelConfig:
     stream, latent_norm_eps in q_norm and kv_norm, index_norm_eps in the indexer's LayerNorm. mtp_hidden: the
     MTP layer reads the trunk after or before its final norm; mtp_shared_embeddings: it reuses embed and head
     (False: it owns copies, as in the released checkpoint). fp8 describes stored weights, not arithmetic.
+    attention "window" reads the most recent index_topk keys: the control for what the indexer chooses.
     index_loss: the model also returns the indexer's KL to its attention, dense or sparse as that is.
     Raises ValueError when two values contradict each other.
     """
@@ -133,7 +134,7 @@ class ModelConfig:
     pad_token_id: int | None = None
     fp8: Fp8Config | None = None
 
-    attention: Literal["sparse", "dense"] = "sparse"
+    attention: Literal["sparse", "dense", "window"] = "sparse"
     attention_form: Literal["auto", "mha", "mqa"] = "auto"
     index_fp8: bool = False
     index_loss: bool = False

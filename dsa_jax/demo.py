@@ -1,172 +1,297 @@
-"""`make demo`: the whole model on a small checkpoint, without PyTorch and without a download.
+"""`make demo`: the small trained model in dsa_jax/nano continues a Python file, without PyTorch or a download.
 
-Writes a checkpoint in the released FP8 layout, reads it back, checks that sparse attention equals dense
-attention where it must, generates through the sparse path, and draws what the indexer selected. With random
-weights the text and the picture mean nothing; the checks do.
+    python -m dsa_jax.demo [FILE] [--new-tokens N]
+
+Shows that sparse attention equals dense attention where it must and how close it is elsewhere, that decoding from
+the cache equals one pass without a cache, the speed of both attentions by length, and what the indexer selects
+(two pictures in runs/demo).
 """
 
+import argparse
 import dataclasses
-import shutil
+import re
+import statistics
 import sys
 import time
+import webbrowser
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from dsa_jax.checkpoint import load_config, load_params, write_hf
-from dsa_jax.compare import max_difference, run_ours
-from dsa_jax.config import ModelConfig, tiny
-from dsa_jax.generate import generate
+from dsa_jax.checkpoint import load_config, load_params
+from dsa_jax.cli import encode, read_tokenizer
+from dsa_jax.compare import max_difference
+from dsa_jax.config import ModelConfig
+from dsa_jax.demo_pictures import draw_reading, draw_selection
+from dsa_jax.generate import Sampling, generate
 from dsa_jax.transformer import Transformer
 
+NANO = Path(str(resources.files("dsa_jax"))) / "nano"
 RUN_DIR = Path("runs/demo")
+DEFAULT_FILE = Path(webbrowser.__file__)  # of the standard library, but held out when the model was trained
+ROW = 2048  # tokens of the file that are read
+LENGTHS = (512, 1024, ROW, 4096)
 EXACT = 5e-5  # float32 rounding, several layers deep
-NEW_TOKENS = 24
+SAMPLING = Sampling(temperature=0.8, top_p=0.9, seed=1)
+
+Attention = Literal["dense", "sparse"]
+ATTENTIONS: tuple[Attention, ...] = ("dense", "sparse")
 
 
-def find_checkpoint(run_dir: Path) -> tuple[Path, bool]:
-    """(folder, whether it is trained): dsa_jax/nano if it is there, else a new one of random weights."""
-    trained = Path(str(resources.files("dsa_jax"))) / "nano"
-    if (trained / "config.json").is_file():
-        return trained, True
-    folder = run_dir / "checkpoint"
-    shutil.rmtree(folder, ignore_errors=True)
-    config = tiny()
-    params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-    write_hf(folder, params, config, quantize="fp8", max_shard_bytes=4_000_000)
-    return folder, False
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Weights in float32 without the MTP layer, and programs for whole rows, compiled as they are needed."""
+
+    params: Any
+    config: ModelConfig
+    tokenizer: Any
+    programs: dict[tuple[Attention, int], Any] = dataclasses.field(default_factory=dict)
+
+    def run(self, attention: Attention, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """[T] tokens -> logits [T V], and the selected keys [L T K] of sparse attention."""
+        logits, chosen = self.program(attention, len(tokens))(self.params, tokens)
+        return np.asarray(logits), None if chosen is None else np.asarray(chosen)
+
+    def program(self, attention: Attention, length: int) -> Any:
+        if (attention, length) not in self.programs:
+            model = Transformer(dataclasses.replace(self.config, attention=attention))
+            names = ("topk_indices",) if attention == "sparse" else ()
+
+            def run(params, tokens):
+                logits, _, aux = model.apply(params, tokens[None], capture=names)
+                return logits[0], aux["topk_indices"][:, 0] if names else None
+
+            with jax.default_matmul_precision("highest"):
+                lowered = jax.jit(run).lower(self.params, jax.ShapeDtypeStruct((length,), jnp.int32))
+                self.programs[attention, length] = lowered.compile()
+        return self.programs[attention, length]
 
 
-def logits_of(params: Any, config: ModelConfig, tokens: np.ndarray, **switches: Any) -> np.ndarray:
-    """[B T V] logits of one forward pass with these switches."""
-    model = Transformer(dataclasses.replace(config, **switches))
-    with jax.default_matmul_precision("highest"):
-        logits, _, _ = jax.jit(model.apply)(params, jnp.asarray(tokens, jnp.int32))
-    return np.asarray(logits)
-
-
-def draw_selection(arrays: dict[str, np.ndarray], config: ModelConfig, path: Path, title: str) -> None:
-    """Draws, for the first sequence, which keys every query selected: one panel per layer, as a PNG."""
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    colors = {"selected, so read": "#1f4e9c", "earlier, not read": "#dbe3ee", "in the future": "#ffffff"}
-    selected, visible, future = range(3)
-    columns = min(config.n_layers, 4)
-    rows = -(-config.n_layers // columns)
-    figure = Figure(figsize=(3.4 * columns, 3.3 * rows + 1.2), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).ravel()
-    for layer, panel in enumerate(panels):
-        if layer >= config.n_layers:
-            panel.set_visible(False)
-            continue
-        indices = arrays[f"layer{layer}.topk"][0]
-        n_tokens = len(indices)
-        image = np.where(np.tril(np.ones((n_tokens, n_tokens), bool)), visible, future)
-        for query, keys in enumerate(indices):
-            image[query, keys[keys >= 0]] = selected
-        panel.imshow(image, cmap=ListedColormap(list(colors.values())), vmin=0, vmax=2)
-        panel.set_title(f"layer {layer}")
-        panel.set_xlabel("key position (the token that is read)")
-    for panel in panels[::columns]:
-        panel.set_ylabel("query position (the token that reads)")
-    patches = [Patch(facecolor=color, edgecolor="#888888", label=label) for label, color in colors.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-
-
-def main() -> int:
-    """Runs the demonstration; returns 1 if one of its checks fails."""
-    console = Console(highlight=False)
-    started = time.perf_counter()
-    console.rule("DeepSeek-V3.2 in JAX: a small model through sparse attention")
-    folder, trained = find_checkpoint(RUN_DIR)
+def load(folder: Path = NANO) -> Model:
     config = load_config(folder, n_mtp_layers=0, dtype="float32", param_dtype="float32")
-    params = load_params(folder, config)
-    shards = sorted(folder.glob("*.safetensors"))
-    stored = sum(path.stat().st_size for path in shards)
+    return Model(load_params(folder, config), config, read_tokenizer(folder))
+
+
+def read_python(path: Path) -> str:
+    """Raises ValueError, one sentence, when the file cannot be read as UTF-8 text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: byte {error.start} is not UTF-8 text") from error
+
+
+def cut(text: str, tokenizer: Any, limit: int) -> str:
+    """The beginning of the text, at most ``limit`` tokens, up to the end of a line `def ...:` if there is one.
+
+    The line break stays out: the model's tokens join it to the spaces that follow.
+    """
+    offsets = tokenizer.encode(text).offsets
+    if len(offsets) <= limit:
+        return text.rstrip()
+    end = offsets[limit][0]
+    heads = [head.end() for head in re.finditer(r"^[ \t]*(?:async )?def .*:(?=\n)", text[:end], re.MULTILINE)]
+    return text[: heads[-1]] if heads else text[:end].rstrip()
+
+
+def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Mean nats per target; logits [T V], targets [T]."""
+    logits = logits.astype(np.float64)
+    top = logits.max(axis=-1)
+    lse = np.log(np.exp(logits - top[:, None]).sum(axis=-1)) + top
+    return float((lse - logits[np.arange(len(targets)), targets]).mean())
+
+
+def agreement(model: Model, tokens: np.ndarray) -> tuple[Table, list[tuple[str, bool]], np.ndarray]:
+    """Dense beside sparse attention on one file: a table, the checks (name, passed), the selected keys [L T K].
+
+    tokens: [T], at most ROW. Behind them the row is filled up, which they do not see.
+    """
+    K, last = model.config.index_topk, len(tokens) - 1
+    row = np.zeros(ROW, np.int32)
+    row[: len(tokens)] = tokens
+    dense, _ = model.run("dense", row)
+    sparse, chosen = model.run("sparse", row)
+    assert chosen is not None
+    parts = {f"the first {K} tokens": slice(0, K), f"the {last - K:,} after them": slice(K, last)}
+    difference = [max_difference(sparse[part], dense[part]) for part in parts.values()]
+    lines = {
+        "keys that a token reads": ["all it may see", f"{K} of up to {last:,}"],
+        "largest difference of a logit": [f"{value:.1e}" for value in difference],
+        "same most likely next token": [
+            f"{(sparse[part].argmax(-1) == dense[part].argmax(-1)).mean():.1%}" for part in parts.values()
+        ],
+    }
+    for name, logits in (("dense", dense), ("sparse", sparse)):
+        lines[f"cross entropy, {name}, nats"] = [
+            f"{cross_entropy(logits[part], tokens[1:][part]):.4f}" for part in parts.values()
+        ]
+    table = Table("float32", *parts, title="sparse against dense attention")
+    for name, cells in lines.items():
+        table.add_row(name, *cells)
+    checks = [
+        (f"with at most {K} keys to see, sparse equals dense within {EXACT:.0e}", difference[0] <= EXACT),
+        ("with more, keys are left out: sparse differs", difference[1] > 100 * EXACT),
+    ]
+    return table, checks, chosen[:, : len(tokens)]
+
+
+def reading(model: Model, prompt: tuple[int, ...], new: list[int]) -> tuple[bool, np.ndarray]:
+    """Whether one pass without a cache predicts ``new``, and in how many layers the prompt's last token reads each."""
+    row = np.zeros(ROW, np.int32)
+    row[: len(prompt) + len(new)] = [*prompt, *new]
+    logits, chosen = model.run("sparse", row)
+    assert chosen is not None
+    predicted = logits[len(prompt) - 1 :][: len(new)].argmax(axis=-1)
+    read = chosen[:, len(prompt) - 1]
+    counts = np.bincount(read[read >= 0], minlength=len(prompt))
+    return bool((predicted == new).all()), counts
+
+
+def speed(model: Model, tokens: np.ndarray, lengths: tuple[int, ...] = LENGTHS) -> Table:
+    """Tokens per second of one pass over a row, logits included: the median of up to five runs."""
+    device = jax.devices()[0]
+    where = "this CPU" if device.platform == "cpu" else device.device_kind
+    table = Table(title=f"speed on {where}")
+    for name in ("tokens", "dense, tokens/s", "sparse, tokens/s", "keys a token reads", "of"):
+        table.add_column(name, justify="right")
+    for length in lengths:
+        row = np.resize(tokens, length).astype(np.int32)
+        rates = []
+        for attention in ATTENTIONS:
+            program = model.program(attention, length)
+            seconds: list[float] = []
+            while len(seconds) < 5 and sum(seconds) < 2.0:
+                before = time.perf_counter()
+                jax.block_until_ready(program(model.params, row))
+                seconds.append(time.perf_counter() - before)
+            rates.append(f"{length / statistics.median(seconds):,.0f}")
+        visible = np.arange(1, length + 1)
+        read = np.minimum(visible, model.config.index_topk)
+        table.add_row(f"{length:,}", *rates, f"{read.mean():,.0f}", f"{visible.mean():,.0f}")
+    return table
+
+
+def continue_file(
+    model: Model, file: Path, text: str, new_tokens: int, console: Console
+) -> tuple[str, tuple[int, ...], list[int]]:
+    """Prints what the model writes behind the beginning of the text.
+
+    Returns that beginning, its tokens, and the greedy continuation, which is less varied but can be checked.
+    """
+    config, tokenizer = model.config, model.tokenizer
+    begin = cut(text, tokenizer, ROW - new_tokens - 1)
+    prompt = encode(begin, tokenizer, config)
+    continuations = []
+    with console.status("continuing the file"):
+        for sampling in (SAMPLING, Sampling()):
+            continuations += generate(
+                model.params, config, [prompt], max_new_tokens=new_tokens, sampling=sampling,
+                stop_tokens=config.eos_token_ids,
+            )  # fmt: skip
+    sampled, greedy = continuations
     console.print(
-        f"read {config.param_count():,} parameters from {len(shards)} safetensors files in {folder} "
-        f"({stored / 1e6:.1f} MB{', FP8 blocks of 128 x 128' if config.fp8 else ''})"
+        f"\n{file}, up to line {len(begin.splitlines())} ({len(prompt):,} tokens):\n", soft_wrap=True
     )
-    if not trained:
-        console.print("the weights are random: the numbers below are real, the text is not")
+    last_lines = "\n".join(f"  | {line}" for line in begin.splitlines()[-12:])
+    console.print(Text(last_lines, style="dim"), soft_wrap=True)
+    console.print(f"\nthe model goes on (temperature {SAMPLING.temperature}, {len(sampled)} tokens):\n")
+    lines = tokenizer.decode(sampled).removeprefix("\n").splitlines()
+    console.print(Text("\n".join(f"  > {line}" for line in lines), style="bold green"), soft_wrap=True)
+    return begin, prompt, greedy
 
-    top_k = config.index_topk
-    length = min(10 * top_k, config.max_seq_len - NEW_TOKENS)
-    tokens = np.random.default_rng(0).integers(2, config.vocab_size, (1, length))
-    short = tokens[:, :top_k]
-    checks: list[tuple[str, str, bool]] = []
 
-    # Gathered keys against masked heads. The run is captured because a model that is not asked for its
-    # selection skips it when it covers all keys.
-    gathered = run_ours(params, dataclasses.replace(config, attention_form="mqa"), short)["logits"]
-    dense = logits_of(params, config, short, attention="dense", attention_form="mha")
-    short_difference = max_difference(gathered, dense)
-    checks.append(
-        (
-            f"{top_k} tokens, index_topk {top_k}: every key is selected, sparse equals dense",
-            f"logits differ by {short_difference:.1e}",
-            short_difference <= EXACT,
+def draw(
+    model: Model, name: str, begin: str, chosen: np.ndarray, counts: np.ndarray, console: Console
+) -> None:
+    """The two pictures: ``chosen`` [L T K] of the file, and ``counts`` of its beginning as ``reading`` gives them."""
+    K, n_layers = model.config.index_topk, model.config.n_layers
+    every, one = RUN_DIR / "selection.png", RUN_DIR / "reading.png"
+    draw_selection(chosen, every, f"{name}: the {K} tokens that each of its tokens reads, layer by layer")
+    offsets = [(0, 0), *model.tokenizer.encode(begin).offsets]  # the begin-of-text token has no text
+    title = (
+        f"{name}: what one token reads before the model goes on, at most {K} of {len(counts):,} tokens in each of "
+        f"{n_layers} layers;\n{(counts == 0).mean():.0%} of the tokens are read by none of them, "
+        f"{(counts == n_layers).mean():.0%} by all"
+    )
+    draw_reading(begin, offsets, counts, one, title)
+    console.print(
+        f"\npictures: what every token reads  [bold]{every}[/]\n          what one token reads    [bold]{one}[/]"
+    )
+
+
+def demo(file: Path, new_tokens: int, console: Console) -> bool:
+    """Runs the demonstration; whether all checks passed. ValueError: unusable file or number of tokens."""
+    started = time.perf_counter()
+    if not 1 <= new_tokens <= ROW // 4:
+        raise ValueError(f"--new-tokens must be 1 to {ROW // 4}, got {new_tokens}")
+    text = read_python(file)
+    model = load()
+    tokens = np.array(encode(text, model.tokenizer, model.config)[:ROW])
+    K = model.config.index_topk
+    if len(tokens) < 2 * K:
+        raise ValueError(
+            f"{file} holds {len(tokens)} tokens: choose a file of at least {2 * K}, so that sparse attention "
+            f"(index_topk {K}) has something to leave out"
         )
-    )
-    arrays = run_ours(params, config, tokens)
-    long_difference = max_difference(arrays["logits"], logits_of(params, config, tokens, attention="dense"))
-    checks.append(
-        (
-            f"{length} tokens: keys are left out, sparse differs from dense",
-            f"logits differ by {long_difference:.1e}",
-            long_difference > 100 * EXACT,
-        )
-    )
+    console.rule("a nano DeepSeek-V3.2 with sparse attention, in JAX")
+    n_parameters = model.config.param_count()
+    console.print(f"{n_parameters:,} parameters stored in FP8, trained on Python's standard library")
+    begin, prompt, greedy = continue_file(model, file, text, new_tokens, console)
 
-    before = time.perf_counter()
-    (new_tokens,) = generate(params, config, [tokens[0].tolist()], max_new_tokens=NEW_TOKENS)
-    seconds = time.perf_counter() - before
-    continued = np.concatenate([tokens[0], new_tokens])[None]
-    expected = logits_of(params, config, continued)[0, length - 1 : -1].argmax(-1)
-    checks.append(
-        (
-            f"{len(new_tokens)} tokens generated one by one from the cache equal one pass without a cache",
-            f"{(expected == new_tokens).mean():.0%} of the tokens agree",
-            bool((expected == new_tokens).all()),
-        )
-    )
-
-    table = Table("check", "measured", "", title="in float32")
-    for name, measured, passed in checks:
-        table.add_row(name, measured, "[green]ok" if passed else "[bold red]FAILED")
+    with console.status("checking"):
+        table, checks, chosen = agreement(model, tokens)
+        same, counts = reading(model, prompt, greedy)
+    checks.append((f"{len(greedy)} tokens decoded from the cache equal one pass without a cache", same))
+    console.print()
     console.print(table)
-    console.print(f"generated in {seconds:.1f} s, compilation included: {new_tokens}")
+    for name, passed in checks:
+        console.print("[green]ok    [/]" if passed else "[bold red]FAILED[/]", name)
 
-    picture = RUN_DIR / "selection.png"
-    draw_selection(
-        arrays,
-        config,
-        picture,
-        f"Sparse attention: each token reads at most {top_k} of the up to {length} tokens it may see\n"
-        f"({'trained' if trained else 'random'} weights)",
-    )
-    console.print(f"picture of what the indexer selected: [bold]{picture}")
+    with console.status("measuring the speed"):
+        rates = speed(model, tokens)
+    console.print()
+    console.print(rates)
+    if jax.default_backend() == "cpu":
+        console.print(
+            "On a CPU no kernel skips anything: choosing the keys costs more there than reading them all. "
+            "What kernels make of it: docs/benchmarks.md.",
+            soft_wrap=True,
+        )
+    draw(model, file.name, begin, chosen, counts, console)
     console.print(
         "\nwhat to try next\n"
-        f"  .venv/bin/dsa-jax generate --model {folder} --token-ids 5,6,7 --max-new-tokens 16\n"
-        "  .venv/bin/dsa-jax generate --help      the same for a model of your own\n"
+        "  make demo FILE=your_file.py\n"
+        "  .venv/bin/dsa-jax generate --model dsa_jax/nano --prompt 'def main(' --max-new-tokens 64 --temperature 0.8\n"
         "  .venv/bin/dsa-jax compare --help       our numbers beside PyTorch's, layer by layer\n"
-        "  make test",
+        "  dsa_jax/nano/README.md                 how the model was trained, and what it cannot do",
         soft_wrap=True,
     )
     console.print(f"done in {time.perf_counter() - started:.0f} s")
-    return 0 if all(passed for _, _, passed in checks) else 1
+    return all(passed for _, passed in checks)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 a check failed, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dsa_jax.demo", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("file", nargs="?", type=Path, default=DEFAULT_FILE, help="Python file to continue")
+    parser.add_argument("--new-tokens", type=int, default=96, metavar="N")
+    options = parser.parse_args(arguments)
+    try:
+        return 0 if demo(options.file, options.new_tokens, Console(highlight=False)) else 1
+    except ValueError as error:
+        print(f"dsa_jax.demo: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.fp8_weight import Fp8Weight, as_matrix
 
-TILE = 128  # rows of one expert that are multiplied at once where there is no native grouped product
+# Rows of one expert that are multiplied at once where there is no native grouped product: at least TILE, and a
+# quarter of what an expert gets on average. The last tile of an expert is part empty; more tiles cost more launches.
+TILE = 128
 
 
 def grouped_matmul(
@@ -32,7 +34,7 @@ def ragged(rows: Array, weights: Array | Fp8Weight, group_sizes: Array) -> Array
 
 @jax.custom_vjp
 def tiled(rows: Array, weights: Array | Fp8Weight, group_sizes: Array) -> Array:
-    """The same, one tile of up to TILE rows after the other; at most M / TILE + min(E, M) tiles."""
+    """The same, one tile of rows after the other; at most M / tile + min(E, M) tiles."""
     source, experts, place = _tiles(rows.shape[0], group_sizes)
 
     def one_tile(xs):
@@ -72,7 +74,8 @@ tiled.defvjp(_tiled_forward, _tiled_backward)
 
 def _tiles(n_rows: int, group_sizes: Array) -> tuple[Array, Array, Array]:
     """source [tiles TILE]: the row in each place, or n_rows for none; experts [tiles]; place [M]: where a row went."""
-    size = min(TILE, n_rows)
+    quarter = n_rows // (4 * group_sizes.shape[0])
+    size = min(max(TILE, 1 << quarter.bit_length() - 1), n_rows) if quarter else min(TILE, n_rows)
     n_tiles = n_rows // size + min(group_sizes.shape[0], n_rows)
     tiles_of_group = -(-group_sizes // size)
     last_tile, last_row = jnp.cumsum(tiles_of_group), jnp.cumsum(group_sizes)

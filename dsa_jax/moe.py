@@ -92,8 +92,8 @@ def moe(
     token's experts is float32.
 
     Returns:
-      The output in the dtype of x, and experts [B T A], expert_weights [B T A] and expert_load [E], the number
-      of valid tokens that chose each expert.
+      The output in the dtype of x, and experts [B T A], expert_weights [B T A], expert_load [E], the number of
+      valid tokens that chose each expert, and balance, the mean over rows of ``balance_loss``.
     """
     scores = jax.nn.sigmoid(linear_float32(x, parameters["gate"]))
     experts, weights = route(scores, parameters["gate_bias"], config)
@@ -113,7 +113,31 @@ def moe(
     )
     y = (outputs.astype(jnp.float32) * weights[..., None]).sum(axis=2)
     y = y + swiglu(x, parameters["shared_experts"]).astype(jnp.float32)
-    return y.astype(x.dtype), {"experts": experts, "expert_weights": weights, "expert_load": load}
+    return y.astype(x.dtype), {
+        "experts": experts,
+        "expert_weights": weights,
+        "expert_load": load,
+        "balance": balance_loss(scores, experts, valid).mean(),
+    }
+
+
+def balance_loss(
+    scores: Float[Array, "B T E"], experts: Int[Array, "B T A"], valid: Bool[Array, "B T"]
+) -> Float[Array, " B"]:
+    """sum_i f_i P_i of each row: 1 when its tokens spread evenly, more when few experts get them.
+
+    f_i: share of the row's choices that fell on expert i, times E (no gradient); P_i: mean of its normalised score.
+
+    Source: DeepSeek-V3 report, section 2.1.2 (complementary sequence-wise auxiliary loss, without alpha).
+    """
+    B, T, E = scores.shape
+    weight = valid.astype(jnp.float32)[..., None]
+    n_valid = jnp.maximum(weight.sum(axis=1), 1.0)
+    rows = jnp.arange(B)[:, None, None]
+    chosen = jnp.zeros((B, E), jnp.float32).at[rows, experts].add(jnp.broadcast_to(weight, experts.shape))
+    frequency = chosen * (E / experts.shape[-1]) / n_valid
+    normalised = scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)
+    return (frequency * (normalised * weight).sum(axis=1) / n_valid).sum(axis=-1)
 
 
 def _activate(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +12,9 @@ import numpy as np
 from dsa_jax.checkpoint.hf_reader import HfFolder
 
 
-def transformers_reference(model_dir: str | Path, tokens: np.ndarray) -> dict[str, np.ndarray]:
+def transformers_reference(
+    model_dir: str | Path, tokens: np.ndarray, selected: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
     """Runs a checkpoint folder in PyTorch, in float32 on CPU, with eager attention.
 
     model_dir: folder with config.json and safetensors files. A folder with a `quantization_config` is
@@ -21,6 +23,8 @@ def transformers_reference(model_dir: str | Path, tokens: np.ndarray) -> dict[st
     checkpoint has (`kv_a_proj_with_mqa`, 576 rows, 5 rows of scales). Every other folder is read by
     transformers itself.
     tokens: [B T] ids. Returns the arrays listed in `dsa_jax.compare`.
+    selected: another run's arrays. Each layer then attends to that run's "layerL.topk" and not to its own
+    choice, which is returned all the same.
     Errors: ImportError without torch or transformers; ValueError if the folder does not fill the model.
     """
     try:
@@ -38,7 +42,7 @@ def transformers_reference(model_dir: str | Path, tokens: np.ndarray) -> dict[st
         else:
             model = own_loader(folder)
     arrays: dict[str, np.ndarray] = {"input_ids": np.asarray(tokens, np.int64)}
-    with capture(model, arrays), torch.no_grad():
+    with capture(model, arrays, selected), torch.no_grad():
         output = model(torch.from_numpy(arrays["input_ids"]), use_cache=False)
     arrays["logits"] = output.logits.float().numpy()
     return arrays
@@ -107,8 +111,10 @@ def dequantised_model(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def capture(model: Any, arrays: dict[str, np.ndarray]) -> Iterator[None]:
-    """While open, a forward pass of `model` leaves its inner numbers in `arrays`."""
+def capture(
+    model: Any, arrays: dict[str, np.ndarray], selected: Mapping[str, np.ndarray] | None = None
+) -> Iterator[None]:
+    """While open, a forward pass of `model` leaves its inner numbers in `arrays`, and attends to `selected`."""
     import torch
 
     def to_numpy(tensor: Any) -> np.ndarray:
@@ -121,13 +127,25 @@ def capture(model: Any, arrays: dict[str, np.ndarray]) -> Iterator[None]:
 
         return hook
 
-    def record_scores(forward: Any, key: str) -> Any:
-        """The indexer returns only indices; its scores are the one tensor on which it calls topk."""
-        topk = torch.Tensor.topk
+    def impose(key: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> Any:
+            ours = np.asarray(selected[key]) if selected else np.zeros(0)
+            # Missing keys become one that is there: a set does not count it twice.
+            return torch.from_numpy(np.where(ours < 0, ours.max(-1, keepdims=True), ours)).to(output.dtype)
 
-        def recorded_topk(scores: Any, *args: Any, **kwargs: Any) -> Any:
+        return hook
+
+    def record_scores(forward: Any, key: str) -> Any:
+        """The indexer returns only indices; its scores are the one tensor on which it calls topk.
+
+        Which of several equal scores PyTorch takes is unspecified, and relu makes many of them exactly 0: here the
+        lowest position comes first, as everywhere in this package.
+        """
+
+        def recorded_topk(scores: Any, k: int, dim: int = -1) -> Any:
             arrays[key] = to_numpy(scores)
-            return topk(scores, *args, **kwargs)
+            values, order = torch.sort(scores, dim=dim, descending=True, stable=True)
+            return torch.return_types.topk((values.narrow(dim, 0, k), order.narrow(dim, 0, k)))
 
         def recorded_forward(*args: Any, **kwargs: Any) -> Any:
             with mock.patch.object(torch.Tensor, "topk", recorded_topk):
@@ -144,6 +162,8 @@ def capture(model: Any, arrays: dict[str, np.ndarray]) -> Iterator[None]:
                 layer.mlp.register_forward_hook(keep(f"layer{i}.mlp")),
                 indexer.register_forward_hook(keep(f"layer{i}.topk")),
             ]
+            if selected is not None:
+                hooks.append(indexer.register_forward_hook(impose(f"layer{i}.topk")))
             if hasattr(layer.mlp, "gate"):
                 hooks.append(layer.mlp.gate.register_forward_hook(keep(f"layer{i}.gate_w", 1)))
                 hooks.append(layer.mlp.gate.register_forward_hook(keep(f"layer{i}.gate_i", 2)))

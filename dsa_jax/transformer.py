@@ -63,8 +63,9 @@ class Transformer(nn.Module):
 
         Returns:
           logits [B T V] float32 ([B 1 V] with logits_at), the new cache, and aux: "hidden" [B T D] (what the
-          MTP layer reads), "expert_load" [n_moe_layers E], with ``config.index_loss`` "index_loss" [L] (the
-          indexers' KL summed over the valid tokens), and the captured arrays [L B T ...].
+          MTP layer reads), "expert_load" [n_moe_layers E], "balance" [n_moe_layers] (``moe.balance_loss``),
+          with ``config.index_loss`` "index_loss" [L] (the indexers' KL summed over the valid tokens), and the
+          captured arrays [L B T ...].
 
         Raises:
           ValueError: shapes contradict each other, or an unknown or unavailable name in ``capture``.
@@ -152,6 +153,9 @@ class Transformer(nn.Module):
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         placement, cache = place(segment_ids, cache)
+        if self.config.attention == "window":
+            recent = jnp.maximum(placement.key_start, placement.key_stop - self.config.index_topk)
+            placement = dataclasses.replace(placement, key_start=recent)
         return (
             rotation(placement.positions if positions is None else positions, self.config),
             placement,
@@ -188,8 +192,10 @@ def _check_capture(capture: tuple[str, ...], config: ModelConfig) -> None:
         raise ValueError(f"capture must name some of {CAPTURABLE}, got {sorted(unknown)}")
     if "index_kl" in capture and not config.index_loss:
         raise ValueError("capture of ['index_kl'] needs index_loss=True, got False")
-    if config.attention == "dense" and (unavailable := {"index_scores", "topk_indices"} & set(capture)):
-        raise ValueError(f"capture of {sorted(unavailable)} needs attention='sparse', got 'dense'")
+    if config.attention != "sparse" and (unavailable := {"index_scores", "topk_indices"} & set(capture)):
+        raise ValueError(
+            f"capture of {sorted(unavailable)} needs attention='sparse', got {config.attention!r}"
+        )
 
 
 def _logits(x: jax.Array, head: jax.Array) -> jax.Array:

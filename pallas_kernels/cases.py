@@ -1,6 +1,8 @@
 """Named shapes of DeepSeek-V3.2, shared by the benchmark and the tests of kernels."""
 
 import dataclasses
+from collections import Counter
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,7 +14,7 @@ class Case:
     B: int = 1
     T: int
     S: int
-    dtype: str
+    dtype: str  # of the index queries and keys; for sparse_mla of the cached latents
     mask: str = "full"  # full: every query sees all S keys; causal: query t of T sees (t + 1) * S / T of them
     I: int = 64
     J: int = 128
@@ -20,6 +22,8 @@ class Case:
     N: int = 128
     C: int = 512
     R: int = 64
+    P: int = 128
+    H: int = 128
 
     @property
     def tiny(self) -> "Case":
@@ -42,13 +46,31 @@ class Case:
         return self.S if self.mask == "full" else (self.S + self.S // self.T) // 2
 
     @property
-    def flops(self) -> int:
-        """Floating-point operations of the matrix products (2 per multiply-add); 0 for select_topk."""
+    def chosen_keys(self) -> float:
+        """Keys that one query attends to, on average."""
+        if self.mask == "full" or self.K >= self.S:
+            return float(min(self.K, self.visible_keys))
+        return self.K - self.K * self.K / (2 * self.S)
+
+    @property
+    def work(self) -> Mapping[str, float]:
+        """What the operation needs at least, by the ceiling that limits it.
+
+        Floating-point operations of the matrix products (2 per multiply-add) in the named type, and under "copy"
+        the bytes of the scores that select_topk reads.
+        """
         queries = self.B * self.T
+        scores = Counter({self.dtype: 2.0 * queries * self.visible_keys * self.I * self.J})
+        topk = Counter({"copy": 4.0 * queries * self.visible_keys})
+        mqa = Counter({"bfloat16": 2.0 * queries * self.chosen_keys * self.N * (2 * self.C + self.R)})
+        mha = Counter({"bfloat16": 2.0 * queries * self.visible_keys * self.N * (self.P + self.R + self.H)})
         return {
-            "index_scores": 2 * queries * self.visible_keys * self.I * self.J,
-            "select_topk": 0,
-            "sparse_mla": 2 * queries * min(self.K, self.S) * self.N * (2 * self.C + self.R),
+            "index_scores": scores,
+            "select_topk": topk,
+            "sparse_mla": mqa,
+            "dsa_attention": scores + topk + mqa,
+            "dsa_attention_mha": scores + topk + mha,
+            "dense_attention": mha,
         }[self.operation]
 
 
@@ -65,8 +87,19 @@ def _topk(T: int, S: int, **kwargs) -> Case:
     return Case(operation="select_topk", name=name, T=T, S=S, dtype="float32", **kwargs)
 
 
-def _attention(T: int, S: int) -> Case:
-    return Case(operation="sparse_mla", name=f"{T} of {S // 1024}K keys", T=T, S=S, dtype="bfloat16")
+def _prefill(S: int) -> Case:
+    return Case(operation="sparse_mla", name=f"4096 of {S // 1024}K keys", T=4096, S=S, dtype="bfloat16")
+
+
+def _decode(B: int, dtype: str) -> Case:
+    short = {"float8_e4m3fn": "fp8", "bfloat16": "bf16"}[dtype]
+    return Case(operation="sparse_mla", name=f"decode {B} x 8K, {short} cache", B=B, T=1, S=8192, dtype=dtype)
+
+
+def _layer(operation: str, S: int) -> Case:
+    return Case(
+        operation=operation, name=f"{S // 1024}K, causal", T=S, S=S, dtype="float8_e4m3fn", mask="causal"
+    )
 
 
 K = 1024
@@ -83,7 +116,9 @@ CASES = (
     _topk(4096, 128 * K, mask="causal"),
     _topk(1, 128 * K),
     _topk(32, 128 * K),
-    _attention(4096, 8 * K),
-    _attention(4096, 32 * K),
-    _attention(4096, 128 * K),
+    *(_prefill(S * K) for S in (8, 32, 128)),
+    *(_decode(B, dtype) for dtype in ("bfloat16", "float8_e4m3fn") for B in (1, 32, 128)),
+    *(_layer("dsa_attention", S * K) for S in (2, 4, 8, 16, 32, 128)),
+    *(_layer("dsa_attention_mha", S * K) for S in (2, 4, 8, 16)),
+    *(_layer("dense_attention", S * K) for S in (8, 32, 128)),
 )

@@ -13,7 +13,7 @@ PREFERRED = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}  # by jax.default_backend
 
 # Kernels whose present source has not passed its tests on hardware (docs/benchmarks.md says what did run): they
 # run when named, never by default.
-UNPROVED: frozenset[tuple[str, str]] = frozenset()
+UNPROVED = frozenset({("sparse_mla over an FP8 cache", "mosaic_gpu")})
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def dispatch(
     kernel = PREFERRED.get(jax.default_backend())
     if (operation, kernel) in UNPROVED:
         _log_once(
-            f"{operation}: using 'xla', because {kernel!r} has not run on hardware yet; name it to try it"
+            f"{operation}: using 'xla', because {kernel!r} is not proved on hardware yet; name it to try it"
         )
     elif kernel is not None and kernel in implementations:
         try:

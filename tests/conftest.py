@@ -10,6 +10,7 @@ header says so.
 
 import importlib.util
 import os
+import tempfile
 
 import pytest
 
@@ -26,6 +27,12 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # Compiling for a TPU that is not there: ask no metadata server, and let two test workers load libtpu.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+# A program that several processes of one test run compile is compiled once.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="dsa-jax-compiled-")  # removed at exit
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 CHECKED_PACKAGES = ["pallas_kernels", "dsa_jax", "train"]
 MISSING_CHECKERS = [name for name in ("jaxtyping", "beartype") if importlib.util.find_spec(name) is None]

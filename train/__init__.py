@@ -1,1 +1,1 @@
-"""Training of the model: the indexer warm-up, sparse training and what follows. Nothing is here yet."""
+"""Training: dense, indexer warm-up, sparse, as one resumable run; see ``train.runs`` and docs/training.md."""

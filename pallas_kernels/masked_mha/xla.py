@@ -24,14 +24,16 @@ def forward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """See ``pallas_kernels.masked_mha``."""
 
-    def attend(q_nope, q_rope, key_start, key_stop, *topk_indices):
-        seen = _seen(key_start, key_stop, topk_indices, k_rope.shape[1])
-        logits = _logits(q_nope, q_rope, k_nope, k_rope, seen, scale)
-        p, total, lse = exponentials(logits)
-        out = einsum("BTNS,BSNH->BTNH", p.astype(v.dtype), v) / total
-        return out.astype(q_nope.dtype), lse
+    k = _keys(k_nope, k_rope)
 
-    queries = _present(q_nope, q_rope, key_start, key_stop, topk_indices)
+    def attend(q, key_start, key_stop, *topk_indices):
+        seen = _seen(key_start, key_stop, topk_indices, k.shape[1])
+        p, total, lse = exponentials(_logits(q, k, seen, scale))
+        out = einsum("BNTS,BSNH->BNTH", p.astype(v.dtype), v) / total
+        return jnp.moveaxis(out.astype(q.dtype), 1, 2), jnp.moveaxis(lse, 1, 2)
+
+    q = jnp.concatenate([q_nope, q_rope], axis=-1)
+    queries = _present(q, key_start, key_stop, topk_indices)
     return map_query_blocks(attend, _queries_per_block(q_nope, k_rope), *queries)
 
 
@@ -59,37 +61,32 @@ def backward(
 ]:
     """Gradients of (q_nope, q_rope, k_nope, k_rope, v), recomputing the probabilities from ``lse``."""
     sum_dtype = accumulator(q_nope.dtype)
+    k = _keys(k_nope, k_rope)
 
     def one_block(key_gradients, xs):
-        q_nope, q_rope, out, lse, d_out, d_lse, key_start, key_stop, *topk_indices = xs
-        seen = _seen(key_start, key_stop, topk_indices, k_rope.shape[1])
-        logits = _logits(q_nope, q_rope, k_nope, k_rope, seen, scale)
-        p = probabilities(logits, lse)
+        q, out, lse, d_out, d_lse, key_start, key_stop, *topk_indices = xs
+        seen = _seen(key_start, key_stop, topk_indices, k.shape[1])
+        p = probabilities(_logits(q, k, seen, scale), jnp.moveaxis(lse, 2, 1))
         delta = (d_out.astype(sum_dtype) * out.astype(sum_dtype)).sum(axis=-1) - d_lse
-        d_logits = p * (einsum("BTNH,BSNH->BTNS", d_out, v) - delta[..., None]) * scale
+        d_p = einsum("BTNH,BSNH->BNTS", d_out, v)
+        d_logits = p * (d_p - jnp.moveaxis(delta, 2, 1)[..., None]) * scale
         p, d_logits = p.astype(v.dtype), d_logits.astype(v.dtype)
-        d_keys = (
-            einsum("BTNS,BTNP->BSNP", d_logits, q_nope),
-            einsum("BTNS,BTNR->BSR", d_logits, q_rope),
-            einsum("BTNS,BTNH->BSNH", p, d_out),
-        )
-        d_q_nope = einsum("BTNS,BSNP->BTNP", d_logits, k_nope).astype(q_nope.dtype)
-        d_q_rope = einsum("BTNS,BSR->BTNR", d_logits, k_rope).astype(q_rope.dtype)
-        return jax.tree.map(jnp.add, key_gradients, d_keys), (d_q_nope, d_q_rope)
+        d_keys = einsum("BNTS,BTNX->BSNX", d_logits, q), einsum("BNTS,BTNH->BSNH", p, d_out)
+        d_q = einsum("BNTS,BSNX->BTNX", d_logits, k).astype(q.dtype)
+        return jax.tree.map(jnp.add, key_gradients, d_keys), d_q
 
-    block = _queries_per_block(q_nope, k_rope)
+    block, P = _queries_per_block(q_nope, k_rope), q_nope.shape[-1]
     d_lse = jnp.where(lse == -jnp.inf, 0.0, d_lse)  # a row without keys has no gradient
-    queries = _present(q_nope, q_rope, out, lse, d_out, d_lse, key_start, key_stop, topk_indices)
-    zeros = tuple(jnp.zeros(x.shape, sum_dtype) for x in (k_nope, k_rope, v))
-    (d_k_nope, d_k_rope, d_v), d_queries = lax.scan(
-        one_block, zeros, tuple(split_queries(x, block) for x in queries)
-    )
-    d_q_nope, d_q_rope = (join_queries(x, q_nope.shape[1]) for x in d_queries)
+    q = jnp.concatenate([q_nope, q_rope], axis=-1)
+    queries = _present(q, out, lse, d_out, d_lse, key_start, key_stop, topk_indices)
+    zeros = tuple(jnp.zeros(x.shape, sum_dtype) for x in (k, v))
+    (d_k, d_v), d_q = lax.scan(one_block, zeros, tuple(split_queries(x, block) for x in queries))
+    d_q = join_queries(d_q, q.shape[1])
     return (
-        d_q_nope,
-        d_q_rope,
-        d_k_nope.astype(k_nope.dtype),
-        d_k_rope.astype(k_rope.dtype),
+        d_q[..., :P],
+        d_q[..., P:],
+        d_k[..., :P].astype(k_nope.dtype),
+        d_k[..., P:].sum(axis=2).astype(k_rope.dtype),
         d_v.astype(v.dtype),
     )
 
@@ -112,6 +109,12 @@ def _seen(key_start, key_stop, topk_indices, S) -> Bool[Array, "B T S"]:
     return seen
 
 
-def _logits(q_nope, q_rope, k_nope, k_rope, seen, scale):
-    logits = einsum("BTNP,BSNP->BTNS", q_nope, k_nope) + einsum("BTNR,BSR->BTNS", q_rope, k_rope)
-    return jnp.where(seen[:, :, None, :], logits * scale, -jnp.inf)
+def _keys(k_nope, k_rope) -> Float[Array, "B S N X"]:
+    """Whole keys: one product per block reads and writes the logits once, where two and their sum would thrice."""
+    rotated = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
+    return jnp.concatenate([k_nope, rotated], axis=-1)
+
+
+def _logits(q, k, seen, scale) -> Float[Array, "B N T S"]:
+    """Heads before queries, as a batched product leaves them: no transposition of the largest array."""
+    return jnp.where(seen[:, None], einsum("BTNX,BSNX->BNTS", q, k) * scale, -jnp.inf)

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch, lazy
 from pallas_kernels.sparse_mla import xla
@@ -20,6 +21,7 @@ def sparse_mla(
     topk_indices: jax.Array,
     *,
     scale: float,
+    latent_scale: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of every query over its own list of keys; the latent is both key and value.
@@ -29,17 +31,24 @@ def sparse_mla(
         logits = (q_latent @ latent[i].T + q_rope @ k_rope[i].T) * scale     # [N K]
         out, lse = softmax(logits) @ latent[i], logsumexp(logits)            # [N C], [N]
 
+    An FP8 cache is read as it lies: with ``latent_scale`` the latents are, before all else,
+
+        latent = (latent.astype(float32) * repeat(latent_scale, C // G, axis=-1)).astype(q_latent.dtype)
+
     A query without a valid index gives out = 0 and lse = -inf, and gradients of 0. Logits, softmax and
     accumulation are float32. Differentiable (reverse mode) in q_latent, q_rope, latent and k_rope, through
-    ``out`` and ``lse``; gradients of the keys are accumulated in float32. Each index may occur once a row.
+    ``out`` and ``lse``; gradients of the keys are accumulated in float32. An FP8 cache has no gradient. Each index
+    may occur once a row.
 
     Args:
       q_latent: [B T N C] queries absorbed into the latent space (q_nope W_uk).
       q_rope: [B T N R] rotated part of the queries.
-      latent: [B S C] normalised compressed keys and values, shared by all heads.
+      latent: [B S C] normalised compressed keys and values, shared by all heads; float8_e4m3fn if
+        ``latent_scale`` is given.
       k_rope: [B S R] rotated keys, shared by all heads.
       topk_indices: [B T K] int32, each -1 (no key) or in [0, S); -1 may stand anywhere.
       scale: softmax scale, ``ModelConfig.softmax_scale``.
+      latent_scale: [B S G] float32, one for each C / G values of a latent; DeepSeek's cache has one for 128.
       implementation: see ``pallas_kernels.dispatch``; the gradient is dispatched in the same way.
 
     Returns:
@@ -63,10 +72,22 @@ def sparse_mla(
         if array.shape != expected:
             raise ValueError(f"{name} must have shape {expected} to match q_latent {q_latent.shape}, "
                              f"got {array.shape}")  # fmt: skip
-    if not q_latent.dtype == q_rope.dtype == latent.dtype == k_rope.dtype:
-        dtypes = [str(x.dtype) for x in (q_latent, q_rope, latent, k_rope)]
-        raise ValueError(f"q_latent, q_rope, latent and k_rope must have one dtype, got {dtypes}")
-    return _attend(scale, implementation, q_latent, q_rope, latent, k_rope, topk_indices)
+    same = {"q_latent": q_latent, "q_rope": q_rope, "latent": latent, "k_rope": k_rope}
+    if latent_scale is not None:
+        if latent_scale.shape[:2] != (B, S) or latent_scale.ndim != 3 or C % latent_scale.shape[2]:
+            raise ValueError(f"latent_scale must have shape {(B, S)} and a divisor of C={C}, to match latent "
+                             f"{latent.shape}, got {latent_scale.shape}")  # fmt: skip
+        if (latent.dtype, latent_scale.dtype) != (jnp.float8_e4m3fn, jnp.float32):
+            dtypes = [str(x.dtype) for x in (latent, latent_scale)]
+            raise ValueError(f"latent and latent_scale must be float8_e4m3fn and float32, got {dtypes}")
+        del same["latent"]
+    if len({x.dtype for x in same.values()}) > 1:
+        dtypes = [str(x.dtype) for x in same.values()]
+        raise ValueError(f"{', '.join(same)} must have one dtype, got {dtypes}")
+    arrays = (q_latent, q_rope, latent, k_rope, topk_indices)
+    if latent_scale is None:
+        return _attend(scale, implementation, *arrays)
+    return _attend_fp8(scale, implementation, *arrays, latent_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -87,3 +108,15 @@ def _attend_backward(scale: float, implementation: str | None, residuals: Any, c
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend_fp8(scale: float, implementation: str | None, *arrays: jax.Array) -> Any:
+    return dispatch("sparse_mla over an FP8 cache", _FORWARD, implementation, *arrays, scale=scale)
+
+
+def _refuse(scale: float, implementation: str | None, *_: Any) -> Any:
+    raise NotImplementedError("sparse_mla has no gradient over an FP8 cache: dequantise the latents to train")
+
+
+_attend_fp8.defvjp(_refuse, _refuse)

@@ -3,7 +3,7 @@
 A thread block serves one query and 64 of its heads at a time and walks over the keys in pairs of blocks of 64.
 Three warpgroups share the work:
 
-    producer     gathers the rows of latent and k_rope into K[0] and K[1]
+    producer     gathers the rows of latent and k_rope into K[0] and K[1], converting those of an FP8 cache
     consumer 0   S0 = Q K[0]^T, softmax, publishes P0; out[:, :256] += P0 V0, then += P1 V1
     consumer 1   S1 = Q K[1]^T; out[:, 256:] += P0 V0 beside the softmax of S1, publishes P1, then += P1 V1
 
@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import thread_code as tc
+from pallas_kernels.sparse_mla.mosaic_gpu_fp8 import SCALE_BLOCK, HardwareFp8, InterpretedFp8
 from pallas_kernels.sparse_mla.mosaic_gpu_steps import (
     COLUMNS,
     GROUPS,
@@ -41,11 +42,18 @@ from pallas_kernels.sparse_mla.mosaic_gpu_steps import (
     Interpreted,
 )
 
+STEPS = {  # by whether the latents are FP8 and whether the kernel is interpreted
+    (False, False): Hardware,
+    (False, True): Interpreted,
+    (True, False): HardwareFp8,
+    (True, True): InterpretedFp8,
+}
 SLACK = 8.0  # binary orders of magnitude by which logits may exceed the running maximum; P is below 2^8
 NO_MAXIMUM = -1e30  # running maximum of a row without keys: far above a missing key's scaled logit, if
 SMALLEST_SCALE = 1e-6  # the scale is no smaller
-# Registers of a thread. The launch gives 3 x 128 threads 168 each, which is what the three together may hold.
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 224, 56
+# Registers of a thread in a consumer and in the producer, by whether the latents are FP8. The launch gives
+# 3 x 128 threads 168 each, which is what the three together may hold. Converting needs more than copying.
+REGISTERS = {False: (224, 56), True: (216, 72)}
 
 
 def forward(
@@ -54,6 +62,7 @@ def forward(
     latent: Float[Array, "B S C"],
     k_rope: Float[Array, "B S R"],
     topk_indices: Int[Array, "B T K"],
+    latent_scale: Float[Array, "B S G"] | None = None,
     *,
     scale: float,
     interpret: bool = False,
@@ -61,7 +70,8 @@ def forward(
     """See ``pallas_kernels.sparse_mla``. ``interpret`` runs the kernel on the CPU, for tests.
 
     Raises:
-      NotImplementedError: not a Hopper GPU, not bfloat16, other widths than 512 + 64, or a scale below 1e-6.
+      NotImplementedError: not a Hopper GPU, not bfloat16 (latents: or float8_e4m3fn with a scale for 128 values),
+        other widths than 512 + 64, or a scale below 1e-6.
     """
     B, T, N, C = q_latent.shape
     S, R, K = latent.shape[1], q_rope.shape[-1], topk_indices.shape[-1]
@@ -69,6 +79,10 @@ def forward(
         raise NotImplementedError(f"kv_lora_rank and qk_rope_head_dim must be {(LATENT, ROPE)}, got {(C, R)}")
     if q_latent.dtype != jnp.bfloat16:
         raise NotImplementedError(f"the kernel multiplies bfloat16, got {q_latent.dtype}")
+    if latent_scale is not None and latent_scale.shape[2] != LATENT // SCALE_BLOCK:
+        raise NotImplementedError(
+            f"the kernel takes one scale for {SCALE_BLOCK} values, got {latent_scale.shape[2]} for {LATENT}"
+        )
     if 0 in (B, T, N, S, K):
         raise NotImplementedError(f"the kernel takes no empty arrays, got {(B, T, N, S, K)=}")
     if scale < SMALLEST_SCALE:
@@ -81,13 +95,13 @@ def forward(
     if heads != N:
         q_latent, q_rope = (jnp.pad(q, ((0, 0), (0, 0), (0, heads - N), (0, 0))) for q in (q_latent, q_rope))
     n_splits, pairs = _split(B * T * heads // HEADS, -(-K // PAIR), n_multiprocessors)
-    kernel = _kernel(B, T, heads, K, n_splits, pairs, scale, n_multiprocessors, interpret)
+    fp8 = latent_scale is not None
+    kernel = _kernel(B, T, heads, K, n_splits, pairs, scale, fp8, n_multiprocessors, interpret)
     out, lse = kernel(
         q_latent.reshape(B * T, heads, C),
         q_rope.reshape(B * T, heads, R),
-        latent,
-        k_rope,
         topk_indices.astype(jnp.int32).reshape(B * T, K),
+        *((latent, latent_scale, k_rope) if fp8 else (latent, k_rope)),
     )
     out, lse = _merge(out, lse) if n_splits > 1 else (out[0], lse[0])
     return out.reshape(B, T, heads, C)[:, :, :N], lse.reshape(B, T, heads)[:, :, :N]
@@ -120,8 +134,10 @@ def _merge(out: Float[Array, "X BT N C"], lse: Float[Array, "X BT N"]) -> tuple[
 
 
 @functools.cache
-def _kernel(B, T, N, K, n_splits, pairs, scale, n_multiprocessors, interpret):
-    """The kernel for these shapes: (q_latent [BT N C], q_rope, latent [B S C], k_rope, indices [BT K]) -> out, lse.
+def _kernel(B, T, N, K, n_splits, pairs, scale, fp8, n_multiprocessors, interpret):
+    """The kernel for these shapes: (q_latent [BT N C], q_rope, indices [BT K], keys) -> out, lse.
+
+    keys are latent [B S C] and k_rope or, if fp8, latent, its scales [B S C/128] and k_rope.
 
     out [n_splits BT N C], bfloat16 if there is one split, else float32; lse [n_splits BT N].
     """
@@ -130,9 +146,11 @@ def _kernel(B, T, N, K, n_splits, pairs, scale, n_multiprocessors, interpret):
     blocks = min(tiles, n_multiprocessors)
     scale_log2 = scale * math.log2(math.e)  # softmax in base 2
     out_dtype = jnp.bfloat16 if n_splits == 1 else jnp.float32
-    steps = (Interpreted if interpret else Hardware)(K)
+    steps = STEPS[fp8, interpret](K)
+    consumer_registers, producer_registers = REGISTERS[fp8]
+    n_key_arrays = 3 if fp8 else 2
 
-    def body(q_latent, q_rope, latent, k_rope, indices, out, lse, q0, q1, q2, keys, p1, rows, q_ready,
+    def body(q_latent, q_rope, indices, key_arrays, out, lse, q0, q1, q2, keys, p1, rows, q_ready,
              q_free, free0l, free0r, free1l, free1r, p0_ready, p1_ready, start, *arrived):  # fmt: skip
         statistics, no_key, ready = rows, rows.at[pl.ds(4, 2)], rows.at[6]
         warpgroup = lax.axis_index("warpgroup")
@@ -206,7 +224,7 @@ def _kernel(B, T, N, K, n_splits, pairs, scale, n_multiprocessors, interpret):
 
         @pl.when(warpgroup == 0)
         def _consumer_0():
-            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            plgpu.set_max_registers(consumer_registers, action="increase")
             plgpu.barrier_wait(start.at[0])
 
             def tile(i, _):
@@ -246,7 +264,7 @@ def _kernel(B, T, N, K, n_splits, pairs, scale, n_multiprocessors, interpret):
 
         @pl.when(warpgroup == 1)
         def _consumer_1():
-            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            plgpu.set_max_registers(consumer_registers, action="increase")
             plgpu.barrier_wait(start.at[1])
 
             def tile(i, _):
@@ -288,7 +306,7 @@ def _kernel(B, T, N, K, n_splits, pairs, scale, n_multiprocessors, interpret):
 
         @pl.when(warpgroup == 2)
         def _producer():
-            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            plgpu.set_max_registers(producer_registers, action="decrease")
             steps.init_barriers(ready)
             plgpu.barrier_arrive(start.at[0])
             plgpu.barrier_arrive(start.at[1])
@@ -300,16 +318,23 @@ def _kernel(B, T, N, K, n_splits, pairs, scale, n_multiprocessors, interpret):
                 plgpu.copy_gmem_to_smem(q_latent.at[row, heads, pl.ds(0, HALF)], q0, q_ready)
                 plgpu.copy_gmem_to_smem(q_latent.at[row, heads, pl.ds(HALF, HALF)], q1, q_ready)
                 plgpu.copy_gmem_to_smem(q_rope.at[row, heads], q2, q_ready)
-                sources = latent.at[row // T], k_rope.at[row // T]
+                sources = tuple(x.at[row // T] for x in key_arrays)
 
-                def pair(t, found):
+                def pair(t, state):
+                    found, ahead = state
                     following = steps.load_indices(indices.at[row], (split * pairs + t + 1) * PAIR)
-                    for slot, part, free in ((0, 0, free0l), (0, 1, free0r), (1, 0, free1l), (1, 1, free1r)):
-                        pl.when((i > 0) | (t > 0))(functools.partial(plgpu.barrier_wait, free))
-                        steps.gather(slot, part, found, sources, keys, no_key, ready, arrived)
-                    return following
 
-                lax.fori_loop(0, pairs, pair, steps.load_indices(indices.at[row], split * pairs * PAIR))
+                    def wait_free(slot, part):
+                        free = ((free0l, free0r), (free1l, free1r))[slot][part]
+                        pl.when((i > 0) | (t > 0))(functools.partial(plgpu.barrier_wait, free))
+
+                    ahead = steps.gather(
+                        found, following, ahead, sources, wait_free, keys, no_key, ready, arrived
+                    )
+                    return following, ahead
+
+                first = steps.load_indices(indices.at[row], split * pairs * PAIR)
+                lax.fori_loop(0, pairs, pair, (first, steps.prefetch(first, sources)))
                 return ()
 
             lax.fori_loop(0, n_tiles, tile, ())
@@ -318,9 +343,10 @@ def _kernel(B, T, N, K, n_splits, pairs, scale, n_multiprocessors, interpret):
 
     tiled = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=TRANSFORMS)
 
-    def entry(*refs):
+    def entry(q_latent, q_rope, indices, *refs):
+        key_arrays, results = refs[:n_key_arrays], refs[n_key_arrays:]
         pl.run_scoped(
-            functools.partial(body, *refs),
+            functools.partial(body, q_latent, q_rope, indices, key_arrays, *results),
             tiled((HEADS, HALF)),
             tiled((HEADS, HALF)),
             tiled((HEADS, ROPE)),

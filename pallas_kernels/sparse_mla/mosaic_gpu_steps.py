@@ -39,13 +39,26 @@ TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 PER_HEAD = plgpu.Layout.WGMMA.reduce(1)
 PER_KEY = plgpu.Layout.WGMMA.reduce(0)
 _ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT  # WGMMA with one register per element, as wgmma takes it
-_INDICES = plgpu.Layout.WG_STRIDED((8 * 128,), vec_size=1)  # eight values per thread
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
+def words(count: int):
+    """The layout of ``count`` 32-bit words per thread of a warpgroup."""
+    return plgpu.Layout.WG_STRIDED((count * 128,), vec_size=1)
+
+
 class Hardware:
+    threads_per_row = 8  # of the producer, side by side
+    arrivals = (
+        128 + 16,
+        128,
+        128,
+        128,
+    )  # at the barriers of a slot's groups: the threads' copies, no_key's stores
+
     def __init__(self, top_k: int):
         self.top_k = top_k
+        self.rows = 128 // self.threads_per_row  # taken at once
 
     @staticmethod
     def start_matmul(acc, a, b, half=None):
@@ -145,15 +158,14 @@ class Hardware:
 
         store(p_ref, p16)
 
-    @staticmethod
-    def init_barriers(ready):
-        """ready[4 slot + group] counts 128 threads' copies, and 16 stores of no_key before group 0."""
+    def init_barriers(self, ready):
+        """ready[4 slot + group] says that a group of the slot's keys has come."""
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
         def init(ctx, ready):
             first = mosaic.single_thread_predicate(scope=mosaic.ThreadSubset.WARPGROUP)
             for i in range(8):
-                nvvm.mbarrier_init(_barrier(ready, i), Word(128 if i % 4 else 128 + 16).ir, predicate=first)
+                nvvm.mbarrier_init(barrier_at(ready, i), Word(self.arrivals[i % 4]).ir, predicate=first)
             tc.ptx("fence.mbarrier_init.release.cluster;")
             mosaic.warpgroup_barrier()
 
@@ -166,36 +178,55 @@ class Hardware:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR))
         def wait(ctx, ready, parity):
             nvvm.mbarrier_try_wait_parity(
-                _barrier(ready, index), parity.registers.flat[0], Word(10_000_000).ir
+                barrier_at(ready, index), parity.registers.flat[0], Word(10_000_000).ir
             )
 
         wait(ready, round_ & 1)
 
     def load_indices(self, indices, start):
-        """This thread's part of indices[start : start + PAIR]: thread // 8 + 16 i, i < 8; -1 beyond the end."""
+        """This thread's part of indices[start : start + PAIR], -1 beyond the end.
+
+        Thread ``threads_per_row r + c`` has the indices r, r + ``rows``, r + 2 ``rows``, and so on.
+        """
+        count = PAIR // self.rows
 
         @plgpu.inline_mgpu(
             arg_types=(plgpu.RefType(), _SCALAR),
-            return_type=plgpu.ShapeDtypeStruct((8 * 128,), jnp.int32, layout=_INDICES),
+            return_type=plgpu.ShapeDtypeStruct((count * 128,), jnp.int32, layout=words(count)),
         )
         def load(ctx, indices, start):
-            first = Word(start.registers.flat[0]) + tc.thread_index() % 128 // 8
+            first = Word(start.registers.flat[0]) + tc.thread_index() % 128 // self.threads_per_row
             base = tc.global_address(indices)
-            register_type = ir.VectorType.get((1,), tc.i32())
             found = []
-            for i in range(8):
-                position = first + 16 * i
+            for i in range(count):
+                position = first + self.rows * i
                 inside = position.signed_less(self.top_k)
                 address = base.plus(inside.select(position, 0), 4)
                 index = tc.ptx("ld.global.nc.b32 $0, [$1];", address.ir, returns=tc.i32())
-                found.append(vector.broadcast(register_type, inside.select(Word(index), -1).ir))
-            registers = np.array(found, dtype=object)
-            return mgpu.FragmentedArray(_registers=registers, _layout=_INDICES.to_mgpu(), _is_signed=True)
+                found.append(inside.select(Word(index), -1))
+            return in_registers(found)
 
         return load(indices, start)
 
     @staticmethod
-    def gather(slot, part, found, sources, keys, no_key, ready, arrived):
+    def prefetch(found, sources):
+        """What ``gather`` wants to have been read ahead: nothing."""
+        return ()
+
+    @staticmethod
+    def gather(found, following, ahead, sources, wait_free, keys, no_key, ready, arrived):
+        """Starts copying a pair's rows to keys[0] and keys[1], each part once ``wait_free(slot, part)`` returns.
+
+        ``following`` are the indices of the next pair; returns what ``prefetch`` would return for them.
+        """
+        for slot in range(2):
+            for part in range(2):
+                wait_free(slot, part)
+                Hardware._copy(slot, part, found, sources, keys, no_key, ready)
+        return ahead
+
+    @staticmethod
+    def _copy(slot, part, found, sources, keys, no_key, ready):
         """Starts copying part 0 or 1 of the slot's 64 rows to keys[slot].
 
         Thread 8 r + c copies the 16-byte chunk c of every 128-byte tile row of the keys r + 16 i. Chunk c of row r
@@ -205,7 +236,7 @@ class Hardware:
 
         @plgpu.inline_mgpu(
             arg_types=(
-                _INDICES,
+                words(PAIR // 16),
                 plgpu.RefType(),
                 plgpu.RefType(),
                 plgpu.RefType(TRANSFORMS),
@@ -223,7 +254,7 @@ class Hardware:
             indices = [Word(tc.lane_of(r, 0)) for r in found.registers.flat[4 * slot : 4 * slot + 4]]
             missing = [index.signed_less(0) for index in indices]
             policy = tc.ptx("createpolicy.fractional.L2::evict_last.b64 $0, 1.0;", returns=tc.i64())
-            barriers = [_barrier(ready, 4 * slot + 2 * part + i) for i in range(2)]
+            barriers = [barrier_at(ready, 4 * slot + 2 * part + i) for i in range(2)]
             for barrier, tiles in zip(barriers, GROUPS[part], strict=True):
                 for i, (index, none) in enumerate(zip(indices, missing, strict=True)):
                     index, size = none.select(0, index), none.select(0, 16)
@@ -292,21 +323,32 @@ class Interpreted:
         return jnp.where(start + jnp.arange(PAIR) < self.top_k, values, -1)
 
     @staticmethod
-    def gather(slot, part, found, sources, keys, no_key, ready, arrived):
-        for i in range(KEYS):
-            index = found[slot * KEYS + i]
-            row, valid = pl.ds(jnp.maximum(index, 0), 1), index >= 0
-            copies = [(sources[0], pl.ds(part * HALF, HALF), part * HALF)]
-            if part == 1:
-                copies.append((sources[1], pl.ds(0, ROPE), LATENT))
-            for source, columns, to in copies:
-                values = source[row, columns]
-                target = pl.ds(to, values.shape[1])
-                keys[slot, pl.ds(i, 1), target] = jnp.where(valid, values, jnp.zeros_like(values))
-            if part == 0:
-                no_key[slot, pl.ds(i, 1)] = jnp.where(valid, 0.0, NO_KEY).reshape(1)
-        for i in range(2):
-            plgpu.barrier_arrive(arrived[4 * slot + 2 * part + i])
+    def prefetch(found, sources):
+        return ()
+
+    def gather(self, found, following, ahead, sources, wait_free, keys, no_key, ready, arrived):
+        for slot in range(2):
+            for part in range(2):
+                wait_free(slot, part)
+                for i in range(KEYS):
+                    index = found[slot * KEYS + i]
+                    row, valid, key = pl.ds(jnp.maximum(index, 0), 1), index >= 0, pl.ds(i, 1)
+                    copies = [(self.latent(sources, row, part), part * HALF)]
+                    if part == 1:
+                        copies.append((sources[-1][row, :], LATENT))
+                    for values, to in copies:
+                        target = pl.ds(to, values.shape[1])
+                        keys[slot, key, target] = jnp.where(valid, values, jnp.zeros_like(values))
+                    if part == 0:
+                        no_key[slot, key] = jnp.where(valid, 0.0, NO_KEY).reshape(1)
+                for i in range(2):
+                    plgpu.barrier_arrive(arrived[4 * slot + 2 * part + i])
+        return ahead
+
+    @staticmethod
+    def latent(sources, row, part):
+        """Half of one latent."""
+        return sources[0][row, pl.ds(part * HALF, HALF)]
 
 
 def _half(half: int) -> slice:
@@ -346,6 +388,13 @@ def _wgmma_half(acc, a, b, half):
     return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
 
 
+def in_registers(values):
+    """The int32 array that has these Words in each thread, in the layout ``words``."""
+    register_type = ir.VectorType.get((1,), tc.i32())
+    registers = np.array([vector.broadcast(register_type, value.ir) for value in values], dtype=object)
+    return mgpu.FragmentedArray(_registers=registers, _layout=words(len(values)).to_mgpu(), _is_signed=True)
+
+
 def _recomputed(memref):
     """The same reference through a pointer that LLVM cannot see through.
 
@@ -361,5 +410,6 @@ def _recomputed(memref):
     return mosaic.ptr_as_memref(llvm.inttoptr(pointer.type, address), memref_type)
 
 
-def _barrier(barriers, i):
+def barrier_at(barriers, i):
+    """The address of one of the barriers that lie in a reference to float32s."""
     return mosaic.getelementptr(mosaic.memref_ptr(barriers), [i], tc.i64())

@@ -16,6 +16,7 @@ def forward(
     latent: Float[Array, "B S C"],
     k_rope: Float[Array, "B S R"],
     topk_indices: Int[Array, "B T K"],
+    latent_scale: Float[Array, "B S G"] | None = None,
     *,
     scale: float,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
@@ -23,6 +24,8 @@ def forward(
 
     def attend(q_latent, q_rope, topk_indices):
         c, r = gather(latent, topk_indices), gather(k_rope, topk_indices)
+        if latent_scale is not None:
+            c = _dequantized(c, gather(latent_scale, topk_indices), q_latent.dtype)
         logits = _logits(q_latent, q_rope, c, r, topk_indices, scale)
         p, total, lse = exponentials(logits)
         out = einsum("BTNK,BTKC->BTNC", p.astype(c.dtype), c) / total
@@ -88,3 +91,8 @@ def _queries_per_block(q_latent: jax.Array, q_rope: jax.Array, topk_indices: jax
 def _logits(q_latent, q_rope, c, r, topk_indices, scale):
     logits = einsum("BTNC,BTKC->BTNK", q_latent, c) + einsum("BTNR,BTKR->BTNK", q_rope, r)
     return jnp.where((topk_indices >= 0)[:, :, None, :], logits * scale, -jnp.inf)
+
+
+def _dequantized(values, scales, dtype):
+    blocks = values.astype(jnp.float32).reshape(*scales.shape, -1) * scales[..., None]
+    return blocks.reshape(values.shape).astype(dtype)

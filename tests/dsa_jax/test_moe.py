@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.config import tiny
-from dsa_jax.moe import moe, route
+from dsa_jax.moe import balance_loss, moe, route
 
 FOUR = dataclasses.replace(
     tiny(), n_routed_experts=4, n_expert_groups=2, n_limited_groups=1, n_activated_experts=2, route_scale=2.5
@@ -81,3 +81,40 @@ def test_mixture_equals_a_loop_over_tokens_and_drops_none(skewed):
     assert counts.sum() == valid.sum() * config.n_activated_experts
     if skewed:  # all tokens want the group of experts 0 and 1
         assert counts[0] == counts[1] == valid.sum()
+
+
+def balance_by_a_loop(scores, experts, valid):
+    """sum_i f_i P_i, row by row, as equations 17 to 20 of the DeepSeek-V3 report say it."""
+    B, T, E = scores.shape
+    A = experts.shape[-1]
+    rows = np.zeros(B)
+    for b in range(B):
+        tokens = [t for t in range(T) if valid[b, t]]
+        for i in range(E):
+            f = E / (A * len(tokens)) * sum(i in experts[b, t] for t in tokens)
+            P = sum(scores[b, t, i] / scores[b, t].sum() for t in tokens) / len(tokens)
+            rows[b] += f * P
+    return rows
+
+
+def test_balance_loss_equals_a_loop_and_leaves_padding_out():
+    rng = np.random.default_rng(1)
+    scores = rng.uniform(0.05, 1.0, (3, 7, 8)).astype(np.float32)
+    experts = np.stack([rng.permutation(8)[:3] for _ in range(21)]).reshape(3, 7, 3).astype(np.int32)
+    valid = np.ones((3, 7), bool)
+    valid[1, 4:] = False
+    ours = balance_loss(jnp.asarray(scores), jnp.asarray(experts), jnp.asarray(valid))
+    np.testing.assert_allclose(ours, balance_by_a_loop(scores.astype(np.float64), experts, valid), rtol=1e-5)
+
+
+def test_balance_loss_is_1_when_even_and_more_when_few_experts_get_all():
+    even = jnp.asarray([[[0, 1], [2, 3]]], jnp.int32)
+    everywhere = jnp.ones((1, 2), bool)
+    np.testing.assert_allclose(balance_loss(jnp.full((1, 2, 4), 0.3), even, everywhere), 1.0, rtol=1e-6)
+    scores = jnp.asarray([[[0.9, 0.8, 0.1, 0.2]] * 2])
+    assert balance_loss(scores, jnp.zeros((1, 2, 2), jnp.int32).at[..., 1].set(1), everywhere)[0] > 1.5
+
+
+def test_padding_alone_has_no_balance_loss():
+    nothing = balance_loss(jnp.ones((1, 2, 4)), jnp.zeros((1, 2, 2), jnp.int32), jnp.zeros((1, 2), bool))
+    np.testing.assert_array_equal(nothing, 0.0)

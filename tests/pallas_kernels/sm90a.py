@@ -2,7 +2,8 @@
 
 The function returns (function to compile, argument shapes). A process of its own, because the CUDA plugin
 must be told before JAX starts that it need not find a driver. With MOSAIC_GPU_DUMP_PTXAS=1 the assembler's
-registers and spills go to standard output. Exit status 77: this installation cannot compile for Hopper.
+registers and spills go to standard output, with MOSAIC_GPU_DUMP_SASS=1 the machine code. Exit status 77: this
+installation cannot compile for Hopper.
 """
 
 import importlib
@@ -35,21 +36,30 @@ device_description_str: "NVIDIA H200"
 
 def resources(target: str) -> list[dict[str, int]]:
     """Registers and spilled bytes of each kernel; skips the test where they cannot be compiled."""
+    text = _compile(target, "MOSAIC_GPU_DUMP_PTXAS")
+    spills = [int(n) for n in re.findall(r"stack frame, (\d+) bytes spill stores", text)]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
+    return [{"registers": r, "spills": s} for r, s in zip(registers, spills, strict=True)]
+
+
+def instructions(target: str, name: str) -> list[str]:
+    """The lines of machine code that have this instruction; skips the test where it cannot be compiled."""
+    return [line for line in _compile(target, "MOSAIC_GPU_DUMP_SASS").splitlines() if f" {name}." in line]
+
+
+def _compile(target: str, dump: str) -> str:
     environment = os.environ | {
         "JAX_PLATFORMS": "cuda,cpu",
         "CUDA_VISIBLE_DEVICES": "-1",
         "XLA_FLAGS": "--xla_gpu_autotune_level=0",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        dump: "1",
     }
     command = [sys.executable, "-m", "tests.pallas_kernels.sm90a", target]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode == CANNOT:
         pytest.skip(done.stdout.strip().splitlines()[-1])
     assert done.returncode == 0, done.stdout + done.stderr
-    text = done.stdout + done.stderr
-    spills = [int(n) for n in re.findall(r"stack frame, (\d+) bytes spill stores", text)]
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
-    return [{"registers": r, "spills": s} for r, s in zip(registers, spills, strict=True)]
+    return done.stdout + done.stderr
 
 
 def main(target: str) -> int:

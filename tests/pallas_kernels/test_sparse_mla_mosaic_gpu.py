@@ -1,9 +1,11 @@
 """The Hopper kernel of sparse_mla: its pipeline in the interpreter, compilation, numbers on a GPU."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -39,9 +41,25 @@ def make_inputs(B, T, N, S, K, seed=0):
     return normal(B, T, N, 512), normal(B, T, N, 64), normal(B, S, 512), normal(B, S, 64), jnp.asarray(keys)
 
 
-def check(out, lse, inputs):
-    in_float32 = [x.astype(jnp.float32) for x in inputs[:4]]
-    reference, reference_lse = (np.asarray(x) for x in xla.forward(*in_float32, inputs[4], scale=SCALE))
+def quantized(inputs, seed=1):
+    """The same inputs with an FP8 cache whose scales are no powers of two: (inputs, keyword arguments)."""
+    rng = np.random.default_rng(seed)
+    q_latent, q_rope, latent, *others = inputs
+    blocks = np.asarray(latent, np.float32).reshape(*latent.shape[:2], 4, 128)
+    blocks = blocks * np.exp2(rng.uniform(-4, 4, (*latent.shape[:2], 4, 1)))
+    scales = np.abs(blocks).max(axis=-1) / 448.0
+    values = (blocks / scales[..., None]).astype(ml_dtypes.float8_e4m3fn).reshape(latent.shape)
+    return (q_latent, q_rope, jnp.asarray(values), *others), {
+        "latent_scale": jnp.asarray(scales, jnp.float32)
+    }
+
+
+def check(out, lse, inputs, latent_scale=None):
+    q_latent, q_rope, latent, k_rope, indices = inputs
+    if latent_scale is not None:  # one rounding to bfloat16, then float32
+        latent = (latent.astype(jnp.float32) * jnp.repeat(latent_scale, 128, axis=-1)).astype(jnp.bfloat16)
+    in_float32 = [x.astype(jnp.float32) for x in (q_latent, q_rope, latent, k_rope)]
+    reference, reference_lse = (np.asarray(x) for x in xla.forward(*in_float32, indices, scale=SCALE))
     out, lse = np.asarray(out, np.float32), np.asarray(lse)
     has_keys = np.isfinite(reference_lse)
     np.testing.assert_array_equal(np.isneginf(lse), ~has_keys)
@@ -53,33 +71,54 @@ def check(out, lse, inputs):
 
 @pytest.mark.slow
 @pytest.mark.skipif(ON_GPU, reason="runs on CPU")
-@pytest.mark.parametrize(("B", "T", "N", "S", "K"), [(1, 3, 64, 150, 200), (2, 2, 16, 100, 70)])
-def test_the_pipeline_in_the_interpreter_equals_xla(B, T, N, S, K):
+@pytest.mark.parametrize(
+    ("B", "T", "N", "S", "K", "fp8"),
+    [(1, 3, 64, 150, 200, False), (2, 2, 16, 100, 70, False), (2, 1, 16, 100, 70, True)],
+)
+def test_the_pipeline_in_the_interpreter_equals_xla(B, T, N, S, K, fp8):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    inputs = make_inputs(B, T, N, S, K)
+    inputs, options = make_inputs(B, T, N, S, K), {}
+    if fp8:
+        inputs, options = quantized(inputs)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        out, lse = mosaic_gpu.forward(*inputs, scale=SCALE, interpret=True)
-    check(out, lse, inputs)
+        out, lse = mosaic_gpu.forward(*inputs, **options, scale=SCALE, interpret=True)
+    check(out, lse, inputs, **options)
 
 
-def kernel(T, n_splits, pairs):
+def kernel(T, n_splits, pairs, fp8=False):
     """The function and shapes of V3.2's attention, T queries over 32K keys, for ``sm90a``."""
     S, N, K = 32768, 128, 2048
     shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
-    function = mosaic_gpu._kernel(1, T, N, K, n_splits, pairs, SCALE, 132, False)
+    function = mosaic_gpu._kernel(1, T, N, K, n_splits, pairs, SCALE, fp8, 132, False)
     queries = shape(T, N, 512), shape(T, N, 64)
-    return function, [*queries, shape(1, S, 512), shape(1, S, 64), shape(T, K, dtype=jnp.int32)]
+    latent = shape(1, S, 512, dtype=jnp.float8_e4m3fn if fp8 else jnp.bfloat16)
+    scales = [shape(1, S, 4, dtype=jnp.float32)] if fp8 else []
+    return function, [*queries, shape(T, K, dtype=jnp.int32), latent, *scales, shape(1, S, 64)]
 
 
 prefill_kernel = functools.partial(kernel, 4096, 1, 16)
 decode_kernel = functools.partial(kernel, 1, 16, 1)
+fp8_kernel = functools.partial(kernel, 256, 1, 16, fp8=True)
+fp8_split_kernel = functools.partial(kernel, 1, 16, 1, fp8=True)
 
 
-@pytest.mark.parametrize("name", ["prefill_kernel", "decode_kernel"])
+KERNELS = ["prefill_kernel", "decode_kernel", "fp8_kernel", "fp8_split_kernel"]
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_it_compiles_for_hopper_without_spills(name):
     (used,) = sm90a.resources(f"{__name__}:{name}")
     assert used == {"registers": 168, "spills": 0}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_asynchronous_copy_has_an_address_that_hopper_refuses(name):
+    copies = sm90a.instructions(f"{__name__}:{name}", "LDGSTS")
+    assert copies
+    # a shared address of two registers, one of them uniform, beside a descriptor: illegal instruction
+    refused = [line for line in copies if re.search(r"\[R\d+\+UR\d+[^]]*\], desc", line)]
+    assert not refused, refused
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 7, 64, 128, 131, 132, 133, 256, 8192])
@@ -117,16 +156,55 @@ def test_splits_merge_to_the_whole():
         (3, 2, 8, 129, 129),
         (1, 3, 128, 4096, 2048),
         (2, 2, 96, 3000, 1999),
+        (40, 1, 128, 2500, 2048),
     ],
 )
-def test_it_equals_xla_in_float32(B, T, N, S, K):
-    inputs = make_inputs(B, T, N, S, K)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_it_equals_xla_in_float32(B, T, N, S, K, fp8):
+    inputs, options = make_inputs(B, T, N, S, K), {}
+    if fp8:
+        inputs, options = quantized(inputs)
     run = jax.jit(functools.partial(pk.sparse_mla, scale=SCALE, implementation="mosaic_gpu"))
-    out, lse = run(*inputs)
-    check(out, lse, inputs)
+    out, lse = run(*inputs, **options)
+    check(out, lse, inputs, **options)
     for _ in range(20):  # bit for bit
-        again = run(*inputs)
+        again = run(*inputs, **options)
         assert (again[0] == out).all() and (again[1] == lse).all()
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_every_e4m3_value_is_converted_exactly():
+    q_latent, q_rope, _, k_rope, _ = make_inputs(1, 1, 64, 256, 1)
+    values = np.arange(256, dtype=np.uint8)
+    values[np.isnan(values.view(ml_dtypes.float8_e4m3fn).astype(np.float32))] = 0
+    rows = np.stack([np.roll(np.tile(values, 2), s) for s in range(256)]).view(ml_dtypes.float8_e4m3fn)
+    scales = jnp.exp2(jnp.asarray(np.random.default_rng(0).integers(-20, 20, (1, 256, 4)), jnp.float32))
+    indices = jnp.arange(256, dtype=jnp.int32)[:, None, None]  # one key per query: out is its latent
+    queries = [jnp.broadcast_to(q, (1, 256, *q.shape[2:])) for q in (q_latent * 0, q_rope * 0)]
+    out, _ = pk.sparse_mla(
+        *queries, jnp.asarray(rows)[None], k_rope, indices[:, 0][None],
+        latent_scale=scales, scale=SCALE, implementation="mosaic_gpu",
+    )  # fmt: skip
+    expected = rows.astype(np.float32) * np.repeat(np.asarray(scales)[0], 128, axis=-1)
+    np.testing.assert_array_equal(
+        np.asarray(out, np.float32), np.broadcast_to(expected[:, None], out[0].shape)[None]
+    )
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_missing_keys_of_an_fp8_cache_are_not_read():
+    inputs, options = quantized(make_inputs(2, 3, 64, 200, 300))
+    out, lse = pk.sparse_mla(*inputs, **options, scale=SCALE, implementation="mosaic_gpu")
+    used = np.zeros((2, 200), bool)
+    for b in range(2):
+        used[b, np.unique(np.asarray(inputs[4][b])[np.asarray(inputs[4][b]) >= 0])] = True
+    latent = np.asarray(inputs[2]).copy()
+    latent[~used] = np.nan
+    poisoned = (*inputs[:2], jnp.asarray(latent), *inputs[3:])
+    again = pk.sparse_mla(*poisoned, **options, scale=SCALE, implementation="mosaic_gpu")
+    assert (again[0] == out).all() and (again[1] == lse).all()
 
 
 @on_gpu
@@ -147,6 +225,18 @@ def test_elsewhere_it_refuses_and_says_why():
         pk.sparse_mla(*inputs, scale=SCALE, implementation="mosaic_gpu")
 
 
+def test_an_fp8_cache_is_read_as_its_dequantised_latents_and_has_no_gradient():
+    inputs, options = quantized(make_inputs(2, 3, 8, 60, 40))
+    run = functools.partial(pk.sparse_mla, scale=SCALE, implementation="xla")
+    check(*run(*inputs, **options), inputs, **options)
+    with pytest.raises(NotImplementedError, match="no gradient over an FP8 cache"):
+        jax.grad(lambda q: run(q, *inputs[1:], **options)[0].astype(jnp.float32).sum())(inputs[0])
+    with pytest.raises(ValueError, match=r"must be float8_e4m3fn and float32, got \['bfloat16', 'float32'\]"):
+        run(*inputs[:2], inputs[2].astype(jnp.bfloat16), *inputs[3:], **options)
+    with pytest.raises(ValueError, match=r"latent_scale must have shape \(2, 60\) and a divisor of C=512"):
+        run(*inputs, latent_scale=options["latent_scale"][:, :59])
+
+
 def test_other_widths_and_types_are_refused():
     inputs = make_inputs(1, 1, 64, 10, 5)
     run = functools.partial(pk.sparse_mla, scale=SCALE, implementation="mosaic_gpu")
@@ -154,3 +244,6 @@ def test_other_widths_and_types_are_refused():
         run(inputs[0][..., :256], inputs[1], inputs[2][..., :256], *inputs[3:])
     with pytest.raises(NotImplementedError, match="multiplies bfloat16, got float32"):
         run(*(x.astype(jnp.float32) for x in inputs[:4]), inputs[4])
+    inputs, options = quantized(inputs)
+    with pytest.raises(NotImplementedError, match="one scale for 128 values, got 2 for 512"):
+        run(*inputs, latent_scale=options["latent_scale"][..., :2])

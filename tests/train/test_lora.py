@@ -1,0 +1,91 @@
+"""Adapters: nothing at first, then they alone learn, and what they learnt is W + scale A B."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from tests.train.small import CONFIG, T, batch_of, initial, same_bits
+from train.config import Lora, Stage
+from train.lora import ATTENTION, FEED_FORWARD, merged, with_adapters
+from train.optimizer import group_of, split
+from train.step import begin_stage, compiled_step
+
+LORA = Lora(rank=4, alpha=8.0)
+STAGE = Stage(name="lora", attention="sparse", trains="both", steps=3, lr=1e-2, index_lr=1e-2, bias_step=0.0)
+
+
+def flat(params):
+    return traverse_util.flatten_dict(params, sep=".")
+
+
+def adapted(**changes):
+    return with_adapters(initial(), Lora(**({"rank": 4} | changes)), jax.random.key(1))
+
+
+def test_at_first_adapters_change_no_bit():
+    params = merged(adapted(), 2.0)
+    assert jax.tree.structure(params) == jax.tree.structure(initial())
+    assert jax.tree.all(jax.tree.map(same_bits, params, initial()))
+
+
+def test_without_adapters_merging_does_nothing():
+    assert merged(initial(), 2.0) is initial()
+
+
+@pytest.mark.parametrize(("experts", "names"), [(True, ATTENTION + FEED_FORWARD), (False, ATTENTION)])
+def test_all_projections_get_adapters_and_no_indexer_does(experts, names):
+    expected = {
+        path.removeprefix("params.")
+        for path in flat(initial())
+        if path.rsplit(".", 1)[-1] in names and group_of(path) != "indexer"
+    }
+    found = flat(adapted(experts=experts)["lora"])
+    assert {path.rsplit(".", 1)[0] for path in found} == expected
+    assert any("mtp" in path for path in expected) and any("dense_layers" in path for path in expected)
+    for path in expected:
+        *stack, x, y = flat(initial())["params." + path].shape
+        assert found[path + ".a"].shape == (*stack, x, 4) and found[path + ".b"].shape == (*stack, 4, y)
+
+
+def test_merged_is_w_plus_scale_a_b_layer_by_layer_and_expert_by_expert():
+    params = adapted()
+    params["lora"] = jax.tree.map(lambda leaf: leaf + 0.1, params["lora"])
+    ours, base, lora = (flat(tree) for tree in (merged(params, 0.5), initial(), params["lora"]))
+    for path in {path.rsplit(".", 1)[0] for path in lora}:
+        a, b = (np.asarray(lora[f"{path}.{name}"], np.float64) for name in "ab")
+        expected = np.asarray(base["params." + path], np.float64)
+        for index in np.ndindex(expected.shape[:-2]):
+            expected[index] += 0.5 * a[index] @ b[index]
+        np.testing.assert_allclose(ours["params." + path], expected, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_only_adapters_and_indexers_learn():
+    """From the second step on A learns too: its first gradient is zero, as B is."""
+    params = jax.tree.map(jnp.copy, adapted())  # the step takes their memory
+    state = begin_stage(jnp.int32(0), params, STAGE)
+    before = {path: np.array(leaf) for path, leaf in flat(state.params).items()}
+    step = compiled_step(CONFIG, STAGE, LORA.alpha / LORA.rank)
+    for _ in range(2):
+        state, metrics = step(state, batch_of([20, 9], [T]))
+    assert metrics["finite"]
+    changed = {path for path, leaf in flat(state.params).items() if not same_bits(leaf, before[path])}
+    assert changed == {path for path in before if path.startswith("lora.") or group_of(path) == "indexer"}
+    assert changed == set(split(state.params, STAGE)[0])
+
+
+@pytest.mark.parametrize("rank", [15, 16, 64])
+def test_a_rank_that_saves_nothing_is_refused(rank):
+    """The smallest side is that of the experts, 16, so rank 15 is the last to fit."""
+    if rank < CONFIG.d_expert:
+        assert adapted(rank=rank)["lora"]
+        return
+    with pytest.raises(ValueError, match=rf"rank must be below both sides of .*, got {rank} >= \("):
+        adapted(rank=rank)
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"alpha": 0.0}, {"alpha": -1.0}])
+def test_rank_and_alpha_must_be_positive(wrong):
+    with pytest.raises(ValueError, match="rank must be at least 1 and alpha positive, got"):
+        Lora(**wrong)

@@ -1,0 +1,144 @@
+"""Checkpoints of a run: parameters, optimizer, data position and the run's own description, through Orbax.
+
+Orbax writes in the background and makes a step visible only when it is complete, so a killed process leaves
+the previous one. A step that cannot be read is set aside and the one before it is taken.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from train.config import Run, contradictions, to_json
+from train.step import TrainState, begin_stage
+
+_logger = logging.getLogger(__name__)
+# What Orbax, tensorstore and json raise for files that are missing, cut short or overwritten.
+UNREADABLE = (ValueError, KeyError, TypeError, OSError, RuntimeError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """The state after ``state.step`` steps, and where the data of its stage goes on."""
+
+    state: TrainState
+    data: dict[str, Any]
+
+
+class Checkpoints:
+    """The folder ``path``: one numbered folder a step, at most ``keep`` of them.
+
+    Each holds the items params (which `dsa_jax.load_params` can be pointed at), opt_state, data and run.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path.resolve()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self.path, options=options)
+
+    def save(self, state: TrainState, data: dict[str, Any], run: Run) -> None:
+        """Copies the state and writes it in the background. ``close`` or the next save waits for it."""
+        leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            opt_state=ocp.args.StandardSave(leaves),
+            data=ocp.args.JsonSave(data),
+            run=ocp.args.JsonSave(to_json(run)),
+        )
+        self._manager.save(int(state.step), args=items)
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def restore(self, run: Run, params: Any) -> Restored | None:
+        """The newest readable step, or None if there is none.
+
+        params: arrays or ``jax.ShapeDtypeStruct`` of the run's parameters (with adapters, if it has any).
+
+        Raises:
+          ValueError: the checkpoint belongs to a run that contradicts this one, or there are steps and none of
+            them can be read; then they stay as they are.
+        """
+        faults: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                stored = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
+                    "run"
+                ]
+            except UNREADABLE as error:
+                faults[step] = _first_line(error)
+                continue
+            if differences := contradictions(stored, run):
+                raise ValueError(
+                    f"the checkpoint of step {step} in {self.path} was written by another run; "
+                    "choose another folder or undo: " + "; ".join(differences)
+                )
+            try:
+                restored = self._read(step, run, params)
+            except UNREADABLE as error:
+                faults[step] = _first_line(error)
+                continue
+            self._set_aside(faults)
+            return restored
+        if faults:
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in faults.items())
+            raise ValueError(
+                f"none of the checkpoints in {self.path} can be read; move them away to begin anew ({reasons})"
+            )
+        return None
+
+    def _read(self, step: int, run: Run, params: Any) -> Restored:
+        stage = run.stages[run.stage_at(step)[0]]
+        shapes = jax.eval_shape(lambda params: begin_stage(jnp.int32(step), params, stage), params)
+        leaves, tree = jax.tree.flatten(shapes.opt_state)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(shapes.params),
+            opt_state=ocp.args.StandardRestore({str(i): leaf for i, leaf in enumerate(leaves)}),
+            data=ocp.args.JsonRestore(),
+        )
+        with _tensorstores_own_errors():
+            found = self._manager.restore(step, args=items)
+        opt_state = jax.tree.unflatten(tree, [found["opt_state"][str(i)] for i in range(len(leaves))])
+        state = TrainState(step=jnp.int32(step), params=found["params"], opt_state=opt_state)
+        return Restored(state, found["data"])
+
+    def _set_aside(self, faults: dict[int, str]) -> None:
+        """Renames the folders of these steps, so that they are neither read again nor in the way of new ones."""
+        for step, reason in faults.items():
+            aside = self.path / f"unreadable-{step}"
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier fall back from the same step
+            (self.path / str(step)).rename(aside)
+            _logger.warning(
+                "the checkpoint of step %d cannot be read (%s); it is now %s", step, reason, aside
+            )
+        if faults:
+            self._manager.reload()
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+@contextlib.contextmanager
+def _tensorstores_own_errors() -> Iterator[None]:
+    """Orbax puts a bare ``Exception`` around what tensorstore raises where an array cannot be read."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is Exception and isinstance(error.__cause__, UNREADABLE):
+            raise error.__cause__ from None
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

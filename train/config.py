@@ -1,0 +1,212 @@
+"""What a run is: a model, its data, and the stages it goes through, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dsa_jax.config import Fp8Config, ModelConfig, YarnConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Steps with one attention, one set of trained parameters and one loss.
+
+    attention: "dense"; "sparse" (the indexer's top-k); "window" (the most recent index_topk keys, a control).
+    trains: "model" (everything but the indexers), "indexer" (only them, from L_I alone), or "both": two
+    disjoint gradients in one step, CE and what belongs to it for the model, L_I for the indexers.
+    lr, index_lr: peak learning rates of the two groups, each with its own clip by global norm. They rise
+    linearly over lr_warmup steps and, if lr_end is given, fall along a cosine to that share of the peak.
+    mtp_weight, balance_weight: lambda and alpha of the DeepSeek-V3 report (sections 2.2, 2.1.2).
+    bias_step: gamma, by which the router's bias moves after each step, outside the optimizer.
+    data_seed: stages with equal seeds see the same batches in the same order.
+    """
+
+    name: str
+    attention: Literal["dense", "sparse", "window"]
+    trains: Literal["model", "indexer", "both"]
+    steps: int
+    lr: float = 0.0
+    index_lr: float = 0.0
+    lr_warmup: int = 0
+    lr_end: float | None = None
+    clip: float = 1.0
+    weight_decay: float = 0.1
+    mtp_weight: float = 0.3
+    balance_weight: float = 1e-4
+    bias_step: float = 1e-3
+    data_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for group, rate in (("model", self.lr), ("indexer", self.index_lr)):
+            if self.trains in (group, "both") and rate <= 0:
+                name = "lr" if group == "model" else "index_lr"
+                raise ValueError(
+                    f"stage {self.name!r} trains {self.trains!r}, so {name} must be positive, got {rate}"
+                )
+        if self.steps < 1 or self.lr_warmup < 0 or self.lr_warmup > self.steps:
+            raise ValueError(
+                f"stage {self.name!r} needs steps >= 1 and 0 <= lr_warmup <= steps, got {self.steps}, {self.lr_warmup}"
+            )
+        if self.trains != "model" and self.attention == "window":
+            raise ValueError(
+                f"attention='window' reads no indexer; train 'model', got trains={self.trains!r}"
+            )
+
+
+def dense(steps: int, lr: float, **changes: Any) -> Stage:
+    """Pre-training: dense attention, CE + MTP + balance; the indexers stay as they were initialised."""
+    return Stage(name="dense", attention="dense", trains="model", steps=steps, lr=lr, **changes)
+
+
+def indexer_warmup(steps: int, index_lr: float = 1e-3, **changes: Any) -> Stage:
+    """Only the indexers train, towards the dense attention (eq. 3 of the DeepSeek-V3.2-Exp report)."""
+    return Stage(
+        name="indexer_warmup", attention="dense", trains="indexer", steps=steps, index_lr=index_lr, **changes
+    )
+
+
+def sparse(steps: int, lr: float, index_lr: float, **changes: Any) -> Stage:
+    """Everything trains through sparse attention; the indexers on the selected keys (eq. 4)."""
+    return Stage(
+        name="sparse", attention="sparse", trains="both", steps=steps, lr=lr, index_lr=index_lr, **changes
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Rows of one kind and their share of a batch.
+
+    kind "text": packed documents of a folder that `python -m train.prepare` wrote. The others are tasks of
+    train.synthetic with known answers; ``options`` are their arguments. "needles" hide in rows of ``folder``.
+    """
+
+    kind: Literal["text", "associative_recall", "multi_query_recall", "needles"]
+    folder: str | None = None
+    weight: float = 1.0
+    options: tuple[tuple[str, int | float | bool], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters instead of the weights themselves (arXiv 2106.09685).
+
+    W + alpha / rank * A B on the attention projections and, with ``experts``, on all feed-forward matrices. The
+    router's bias is no matrix and still moves, unless the stage has bias_step=0.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    experts: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A whole training run: stages in order, from one set of parameters to the next.
+
+    batch, seq_len: rows and tokens a row of one step. init_from: folder of a checkpoint (Hugging Face or
+    Orbax) to start from; its sizes must be those of ``model``. checkpoint_every, log_every: in steps;
+    keep: how many checkpoints stay. eval_batches: validation batches at every stage boundary.
+    """
+
+    model: ModelConfig
+    stages: tuple[Stage, ...]
+    data: tuple[Source, ...]
+    batch: int
+    seq_len: int
+    seed: int = 0
+    init_from: str | None = None
+    lora: Lora | None = None
+    checkpoint_every: int = 500
+    keep: int = 2
+    log_every: int = 10
+    eval_batches: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.stages or not self.data:
+            raise ValueError(f"a run needs stages and data, got {len(self.stages)} and {len(self.data)}")
+        if self.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"seq_len must not exceed the model's max_seq_len, got {self.seq_len} > {self.model.max_seq_len}"
+            )
+        for name in ("batch", "seq_len", "checkpoint_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        sparse_stages = [stage.name for stage in self.stages if stage.attention != "dense"]
+        if sparse_stages and self.model.index_topk >= self.seq_len:
+            raise ValueError(
+                f"stages {sparse_stages} select nothing unless index_topk < seq_len, got "
+                f"{self.model.index_topk} >= {self.seq_len}"
+            )
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> tuple[int, int]:
+        """(index of the stage, steps done in it) after ``step`` steps; a boundary belongs to the earlier stage."""
+        for index, stage in enumerate(self.stages):
+            if step <= stage.steps:
+                return index, step
+            step -= stage.steps
+        raise ValueError(f"the run has {self.steps} steps, got step {self.steps + step}")
+
+
+# What may change between the beginning of a run and its continuation.
+MAY_CHANGE = frozenset({"checkpoint_every", "keep", "log_every", "eval_batches"})
+
+
+def to_json(run: Run) -> dict[str, Any]:
+    """The run as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(run)))
+
+
+def from_json(values: dict[str, Any]) -> Run:
+    """The run that ``to_json`` described."""
+    model = dict(values["model"])
+    model["yarn"] = model["yarn"] and YarnConfig(**model["yarn"])
+    model["fp8"] = model["fp8"] and Fp8Config(**{**model["fp8"], "block": tuple(model["fp8"]["block"])})
+    model["eos_token_ids"] = tuple(model["eos_token_ids"])
+    sources = [
+        Source(**{**source, "options": tuple((name, value) for name, value in source["options"])})
+        for source in values["data"]
+    ]
+    return Run(
+        **{
+            **values,
+            "model": ModelConfig(**model),
+            "stages": tuple(Stage(**stage) for stage in values["stages"]),
+            "data": tuple(sources),
+            "lora": values["lora"] and Lora(**values["lora"]),
+        }
+    )
+
+
+def contradictions(stored: dict[str, Any], run: Run) -> list[str]:
+    """What differs between the run that wrote a checkpoint and this one, as "name: then X, now Y".
+
+    Stages that come after all the stored ones are no contradiction.
+    """
+    now = to_json(run)
+    found = []
+
+    def compare(name: str, old: Any, new: Any) -> None:
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key in dict.fromkeys([*old, *new]):
+                compare(f"{name}.{key}" if name else key, old.get(key), new.get(key))
+        elif old != new:
+            found.append(f"{name}: then {old!r}, now {new!r}")
+
+    for key in dict.fromkeys([*stored, *now]):
+        if key == "stages":
+            for index, old in enumerate(stored[key]):
+                compare(f"stages[{index}]", old, now[key][index] if index < len(now[key]) else None)
+        elif key not in MAY_CHANGE:
+            compare(key, stored.get(key), now.get(key))
+    return found

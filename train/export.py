@@ -1,0 +1,85 @@
+"""`python -m train.export RUN_FOLDER OUT`: the newest checkpoint of a run in DeepSeek's released layout.
+
+FP8 blocks with scales, config.json and, for a run on text, tokenizer.json: what `dsa-jax generate` and
+transformers read. ``--dtype bfloat16`` and ``float32`` store the weights unquantised.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsa_jax.checkpoint import write_hf
+from dsa_jax.config import ModelConfig
+from train.checkpoint import Checkpoints
+from train.config import Run, from_json
+from train.lora import merged
+from train.workflow import initial_params, lora_scale
+
+
+def trained(folder: Path) -> tuple[Run, Any]:
+    """The run in ``folder`` and the {"params": tree} of its newest checkpoint, adapters merged.
+
+    Raises:
+      ValueError: the folder holds no run, or no checkpoint that can be read.
+    """
+    description = folder / "config.json"
+    if not description.is_file():
+        raise ValueError(f"{folder} has no config.json: give the folder of a run of `python -m train`")
+    run = from_json(json.loads(description.read_text()))
+    checkpoints = Checkpoints(folder / "checkpoints", run.keep)
+    restored = checkpoints.restore(run, jax.eval_shape(lambda: initial_params(run, load=False)))
+    checkpoints.close()
+    if restored is None:
+        raise ValueError(f"{folder / 'checkpoints'} holds no checkpoint that can be read")
+    return run, merged(restored.state.params, lora_scale(run))
+
+
+def released(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
+    """Parameters and config as the release has them: the MTP layer with copies of embedding and head."""
+    if not config.n_mtp_layers or not config.mtp_shared_embeddings:
+        return params, config
+    tree = dict(params["params"])
+    tree["mtp"] = {**tree["mtp"], "embed": tree["embed"], "head": tree["head"]}
+    return {"params": tree}, dataclasses.replace(config, mtp_shared_embeddings=False)
+
+
+def export(folder: Path, out: Path, dtype: str = "fp8", max_shard_bytes: int = 16_000_000) -> None:
+    """Writes the newest checkpoint of the run in ``folder`` to ``out``, which must not exist."""
+    run, params = trained(folder)
+    params, config = released(params, run.model)
+    if dtype != "fp8":
+        params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
+    write_hf(out, params, config, quantize="fp8" if dtype == "fp8" else None, max_shard_bytes=max_shard_bytes)
+    folders = [Path(source.folder) for source in run.data if source.folder]
+    if folders and (folders[0] / "tokenizer.json").is_file():
+        shutil.copyfile(folders[0] / "tokenizer.json", out / "tokenizer.json")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("out", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--dtype", choices=("fp8", "bfloat16", "float32"), default="fp8")
+    parser.add_argument("--max-shard-bytes", type=int, default=16_000_000)
+    options = parser.parse_args(arguments)
+    try:
+        export(options.run, options.out, options.dtype, options.max_shard_bytes)
+    except ValueError as error:
+        print(f"python -m train.export: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

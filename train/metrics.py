@@ -1,0 +1,115 @@
+"""What a run says about itself: one JSON object a line in metrics.jsonl, and a live line on the terminal."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS_FILE = "metrics.jsonl"
+EVAL_FILE = "eval.jsonl"
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each with a "step"; a resumed run forgets what lies ahead of it.
+
+    resume_at: the last step whose lines stay; -1: the run begins anew, nothing stays.
+    """
+
+    def __init__(self, path: Path, resume_at: int) -> None:
+        self.path = path
+        lines = read_lines(path) if path.is_file() else []
+        self.lines = [line for line in lines if line["step"] <= resume_at]
+        temporary = path.with_suffix(".new")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        temporary.replace(path)  # also without the last line that a killed process cut short
+        self._file = path.open("a")
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        self.lines.append(dict(line))
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line cut short by a killed process is left out."""
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return found
+
+
+def as_json(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays on a device -> numbers and lists."""
+    fetched = jax.device_get(dict(metrics))
+    return {name: np.asarray(value).tolist() for name, value in fetched.items()}
+
+
+def memory_bytes() -> int | None:
+    """Peak memory of the first device, or None where it does not say."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use")
+
+
+def matmul_ceiling() -> float:
+    """FLOP/s of a square bfloat16 matrix product on the first device: what "share of the ceiling" refers to."""
+    n = 512 if jax.default_backend() == "cpu" else 8192
+    a = jax.random.normal(jax.random.key(0), (n, n)).astype(jax.numpy.bfloat16)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    begin = time.perf_counter()
+    b = a
+    for _ in range(5):
+        b = product(a)
+    b.block_until_ready()
+    return 5 * 2 * n**3 / (time.perf_counter() - begin)
+
+
+class LiveLine:
+    """One line that follows the run on a terminal; elsewhere, a plain line at every report."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("starting", total=total)
+        self._progress.start()
+
+    def report(self, line: Mapping[str, Any]) -> None:
+        text = f"{line['stage']}  " + "  ".join(_parts(line))
+        self._progress.update(self._task, completed=line["step"], description=text)
+        if not self._console.is_terminal:
+            self._console.print(f"step {line['step']}  {text}", soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _parts(line: Mapping[str, Any]) -> list[str]:
+    parts = [f"{name} {line[name]:.4f}" for name in ("ce", "mtp") if name in line]
+    if "index_kl" in line:
+        parts.append("KL " + " ".join(f"{kl:.3f}" for kl in line["index_kl"]))
+    if line["load_max"]:
+        parts.append(f"load {max(line['load_max']):.1f}x")
+    if "tokens_per_s" in line:
+        parts.append(f"{line['tokens_per_s']:,.0f} tok/s")
+    if "ceiling_share" in line:
+        parts.append(f"{line['ceiling_share']:.1%} of {line['ceiling'] / 1e12:.0f} TFLOP/s")
+    if line.get("memory_bytes"):
+        parts.append(f"{line['memory_bytes'] / 2**30:.1f} GiB")
+    return parts

@@ -1,0 +1,102 @@
+"""One step: losses, gradients of what the stage trains, update, router bias."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsa_jax.config import ModelConfig
+from train.config import Stage
+from train.lora import merged
+from train.loss import Batch, Metrics, loss_fn
+from train.optimizer import Flat, group_of, join, make_optimizer, schedule, split
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: steps done, over all stages. params: {"params": tree} and, with adapters, {"lora": tree}.
+
+    opt_state belongs to the stage: a new stage begins with a new one.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def begin_stage(step: jax.Array, params: Any, stage: Stage) -> TrainState:
+    """The state with which a stage begins: these parameters, and moments of zero for those it trains."""
+    trained, _ = split(params, stage)
+    return TrainState(step=step, params=params, opt_state=make_optimizer(stage).init(trained))
+
+
+def train_step(
+    state: TrainState, batch: Batch, config: ModelConfig, stage: Stage, lora_scale: float = 0.0
+) -> tuple[TrainState, Metrics]:
+    """(next state, metrics). A step whose loss or gradient is not finite changes nothing but the step count.
+
+    Metrics: those of ``loss_fn``, "grad_norm" and "index_grad_norm" before their clips, "lr", "index_lr",
+    "load_max" [MoE layers]: the busiest expert's load over the mean load, and "finite".
+    """
+    trained, rest = split(state.params, stage)
+
+    def loss_of(trained: Flat) -> tuple[jax.Array, Metrics]:
+        return loss_fn(merged(join(trained, rest), lora_scale), batch, config, stage)
+
+    (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+    optimizer = make_optimizer(stage)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+    new = optax.apply_updates(trained, updates)
+    if stage.trains != "indexer":
+        rest = move_router_bias(rest, metrics["expert_load"], stage.bias_step)
+
+    norms = {
+        name: optax.tree.norm({path: g for path, g in gradients.items() if group_of(path) == group})
+        for name, group in (("grad_norm", "model"), ("index_grad_norm", "indexer"))
+        if stage.trains in (group, "both")
+    }
+    finite = jnp.isfinite(loss) & jnp.isfinite(sum(norms.values(), jnp.float32(0.0)))
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    count = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")[0][1]
+    load = metrics.pop("expert_load").astype(jnp.float32)
+    metrics |= norms | {
+        "load_max": load.max(-1) / jnp.maximum(load.mean(-1), 1e-9),
+        "lr": schedule(stage.lr, stage)(count),
+        "index_lr": schedule(stage.index_lr, stage)(count),
+        "finite": finite,
+    }
+    new_state = TrainState(
+        step=state.step + 1,
+        params=keep(join(new, rest), state.params),
+        opt_state=keep(opt_state, state.opt_state),
+    )
+    return new_state, metrics
+
+
+def move_router_bias(flat: Flat, load: jax.Array, bias_step: float) -> Flat:
+    """b += gamma for an expert that got less than the mean of the batch, -= gamma for one that got more.
+
+    load: [MoE layers, E], the MTP layer's last. Source: DeepSeek-V3 report, section 2.1.2.
+    """
+    load = load.astype(jnp.float32)
+    direction = jnp.sign(load.mean(-1, keepdims=True) - load)
+    moved = dict(flat)
+    for path, bias in flat.items():
+        if group_of(path) == "router_bias":
+            moved[path] = bias + bias_step * (
+                direction[-1] if ".mtp." in path else direction[: bias.shape[0]]
+            )
+    return moved
+
+
+@functools.cache
+def compiled_step(
+    config: ModelConfig, stage: Stage, lora_scale: float
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """``train_step`` of this stage, jitted once for all runs; it takes the state's memory for its result."""
+    step = functools.partial(train_step, config=config, stage=stage, lora_scale=lora_scale)
+    return jax.jit(step, donate_argnums=0)
