@@ -5,6 +5,7 @@ target, so cross-entropy and `accuracy` count answers and nothing else.
 """
 
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -80,14 +81,9 @@ def _check_pairs(n_pairs: int, n_keys: int, asked: int) -> None:
 
 
 @dataclass(frozen=True)
-class AssociativeRecall:
-    """Key-value pairs in one token each, then keys: what was the value? One attention layer is enough.
+class _Recall:
+    """What both forms of recall share: sizes of a row, and ``rows``, the length of the source.
 
-        bos  noise pair(k3, v1) noise noise pair(k0, v7) ...  query(k0) answer(v7)  query(k3) answer(v1) ...
-
-    Every row has n_pairs distinct keys with random values among noise tokens, and ends with n_queries of the keys,
-    each asked once. Ids: 0 pad, 1 bos, pairs (n_keys n_values), queries (n_keys), answers (n_values), noise (n_noise).
-    rows: the length of the source. Guessing is right 1 / n_values of the time.
     Raises ValueError where the sizes do not fit a row of seq_len.
     """
 
@@ -102,10 +98,12 @@ class AssociativeRecall:
     n_noise: int = 16
     rows: int = 2**20
 
+    pair_tokens: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         _check_positive(self, "n_keys", "n_values", "n_pairs", "n_noise", "rows")
         _check_pairs(self.n_pairs, self.n_keys, self.asked)
-        least = 1 + self.n_pairs + 2 * self.asked
+        least = 1 + self.pair_tokens * self.n_pairs + 2 * self.asked
         if self.seq_len < least:
             raise ValueError(
                 f"seq_len must hold bos, pairs and queries, at least {least}, got {self.seq_len}"
@@ -115,6 +113,21 @@ class AssociativeRecall:
     def asked(self) -> int:
         """Queries in a row."""
         return self.n_pairs if self.n_queries is None else self.n_queries
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+@dataclass(frozen=True)
+class AssociativeRecall(_Recall):
+    """Key-value pairs in one token each, then keys: what was the value? One attention layer is enough.
+
+        bos  noise pair(k3, v1) noise noise pair(k0, v7) ...  query(k0) answer(v7)  query(k3) answer(v1) ...
+
+    Every row has n_pairs distinct keys with random values among noise tokens, and ends with n_queries of the keys,
+    each asked once. Ids: 0 pad, 1 bos, pairs (n_keys n_values), queries (n_keys), answers (n_values), noise (n_noise).
+    Guessing is right 1 / n_values of the time.
+    """
 
     @property
     def first_query(self) -> int:
@@ -131,9 +144,6 @@ class AssociativeRecall:
         """Ids used, 0 ... vocab_size - 1."""
         return self.first_answer + self.n_values + self.n_noise
 
-    def __len__(self) -> int:
-        return self.rows
-
     def __getitem__(self, index: int) -> Row:
         rng = _generator(self.seed, index, self.rows)
         keys = rng.choice(self.n_keys, self.n_pairs, replace=False)
@@ -148,7 +158,7 @@ class AssociativeRecall:
 
 
 @dataclass(frozen=True)
-class MultiQueryRecall:
+class MultiQueryRecall(_Recall):
     """Multi-query associative recall in its usual form (arXiv 2312.04927): a key, then its value as the next token.
 
         bos  noise k3 v1 noise noise k0 v7 noise ...  noise k0 v7 noise k3 v1 noise ...
@@ -157,33 +167,9 @@ class MultiQueryRecall:
     keys return, each once, to be followed by their values. Noise is shared evenly by both parts. It takes two
     layers: one joins a value with the key before it, the next looks the key up. Ids: 0 pad, 1 bos,
     keys (n_keys), values (n_values), noise (n_noise).
-    Raises ValueError where the sizes do not fit a row of seq_len.
     """
 
-    seq_len: int
-    n_keys: int
-    n_values: int
-    n_pairs: int
-    seed: int = 0
-    _: KW_ONLY
-    n_queries: int | None = None
-    """Keys asked; None = all n_pairs."""
-    n_noise: int = 16
-    rows: int = 2**20
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "n_keys", "n_values", "n_pairs", "n_noise", "rows")
-        _check_pairs(self.n_pairs, self.n_keys, self.asked)
-        least = 1 + 2 * self.n_pairs + 2 * self.asked
-        if self.seq_len < least:
-            raise ValueError(
-                f"seq_len must hold bos, pairs and queries, at least {least}, got {self.seq_len}"
-            )
-
-    @property
-    def asked(self) -> int:
-        """Queries in a row."""
-        return self.n_pairs if self.n_queries is None else self.n_queries
+    pair_tokens: ClassVar[int] = 2
 
     @property
     def first_value(self) -> int:
@@ -194,9 +180,6 @@ class MultiQueryRecall:
     def vocab_size(self) -> int:
         """Ids used, 0 ... vocab_size - 1."""
         return self.first_value + self.n_values + self.n_noise
-
-    def __len__(self) -> int:
-        return self.rows
 
     def __getitem__(self, index: int) -> Row:
         rng = _generator(self.seed, index, self.rows)
