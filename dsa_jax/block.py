@@ -11,6 +11,7 @@ from dsa_jax.mla import Mla, attend, compress
 from dsa_jax.moe import Ffn, Moe, moe, swiglu
 from dsa_jax.norm import rms_norm
 from dsa_jax.rope import Rotation
+from dsa_jax.sharding import gathered, local
 
 CAPTURABLE = ("index_scores", "topk_indices", "index_kl", "attn", "ffn", "out", "experts", "expert_weights")
 
@@ -39,13 +40,15 @@ class Block(nn.Module):
         c = self.config
         attn_norm = self.param("attn_norm", nn.initializers.ones, (c.d_model,), jnp.float32)
         ffn_norm = self.param("ffn_norm", nn.initializers.ones, (c.d_model,), jnp.float32)
-        attn = Mla(c, name="attn")()
+        attn = gathered("attn", Mla(c, name="attn")())
 
         with jax.named_scope("attention"):
             h = rms_norm(x, attn_norm, c.norm_eps)
             q_compressed, keys = compress(h, rotation, attn, c)
             if cached is not None:
-                cached, keys = store(cached, layer, placement.slots, keys)
+                stacked, per_key = (None, "batch", None, None), ("batch", None, None)
+                put = local(store, in_axes=(stacked, (), per_key[:2], per_key), out_axes=(stacked, per_key))
+                cached, keys = put(cached, layer, placement.slots, keys)
             wanted = capture
             if c.index_loss:
                 wanted += ("lse", "topk_indices") if c.attention == "sparse" else ("lse",)
@@ -62,10 +65,10 @@ class Block(nn.Module):
         h, x = rms_norm(residual, ffn_norm, c.norm_eps, x.dtype), residual.astype(x.dtype)
         with jax.named_scope("feed_forward"):
             if self.is_moe:
-                y, routing = moe(h, placement.valid, Moe(c, name="ffn")(), c)
+                y, routing = moe(h, placement.valid, gathered("ffn", Moe(c, name="ffn")()), c)
                 aux |= {k: v for k, v in routing.items() if k in (*capture, "expert_load", "balance")}
             else:
-                y = swiglu(h, Ffn(c, c.d_ff, name="ffn")())
+                y = swiglu(h, gathered("ffn", Ffn(c, c.d_ff, name="ffn")()))
         x = x + y
         aux |= {k: v for k, v in {"attn": attention, "ffn": y, "out": x}.items() if k in capture}
         return x, cached, aux

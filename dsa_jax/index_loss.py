@@ -6,6 +6,7 @@ the attention is a constant target.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.indexer import index_queries
 from dsa_jax.mla import Keys, absorbed_weights, expand, queries
 from dsa_jax.rope import Rotation
+from dsa_jax.sharding import Partial, local
 from pallas_kernels.blocking import join_queries, split_queries
 
 
@@ -37,16 +39,33 @@ def index_loss(
     lse is that of the attention whose keys are ``topk_indices``, or all visible ones if that is None.
     """
     latent, k_rope, index_k = keys
-    token_weights = placement.valid.astype(jnp.float32)
+    per_query, per_key = ("batch", "queries", None), ("batch", None, None)
+    loss = local(
+        partial(_loss, config=config),
+        in_axes=(per_query, per_query, per_query, per_query, per_query, per_query[:2], per_key, per_key, ()),
+        out_axes=(Partial((), over=("batch", "queries")), per_query[:2]),
+    )
+    bounds = (placement.key_start, placement.key_stop, placement.valid.astype(jnp.float32))
+    constant = jax.lax.stop_gradient
+    heads = {name: constant(parameters[name]) for name in ("wq_b", "wkv_b")}
+    return loss(
+        x, q_compressed, rotation, constant(lse), topk_indices, bounds, index_k, constant((latent, k_rope)),
+        heads | {"indexer": parameters["indexer"]},
+    )  # fmt: skip
+
+
+def _loss(x, q_compressed, rotation, lse, topk_indices, bounds, index_k, attention_keys, parameters, config):
+    """All heads of some queries: the target is a sum over heads, so queries are what devices share out."""
+    latent, k_rope = attention_keys
+    key_start, key_stop, token_weights = bounds
     scale, implementation = config.softmax_scale, config.implementation
-    lse = jax.lax.stop_gradient(lse)
     if topk_indices is None:
         q, weights = index_queries(x, q_compressed, rotation, parameters["indexer"], config)
         q_nope, q_rope = queries(q_compressed, rotation, parameters, config)
         k_nope, _ = expand(latent, parameters, config)  # a third of the absorbed form's operations
         return kernels.index_kl_dense(
             q, index_k, weights, q_nope, q_rope, k_nope, k_rope, lse,
-            placement.key_start, placement.key_stop, token_weights, scale=scale, implementation=implementation,
+            key_start, key_stop, token_weights, scale=scale, implementation=implementation,
         )  # fmt: skip
 
     index_k32 = index_k.astype(jnp.float32)  # blocks add their gradients in float32

@@ -6,13 +6,14 @@ that chooses.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
 from dsa_jax.cache import Placement
@@ -23,10 +24,12 @@ from dsa_jax.linear import linear
 from dsa_jax.norm import rms_norm
 from dsa_jax.quantize import fake_quantize
 from dsa_jax.rope import Rotation, rotate_interleaved
+from dsa_jax.sharding import Partial, local
 from pallas_kernels.blocking import map_query_blocks
 from pallas_kernels.keys import visible
 
 Parameters = Mapping[str, Any]
+Bounds = tuple[jax.Array, jax.Array]  # key_start, key_stop [B T]
 Keys = tuple[jax.Array, ...]  # latent [B S C], k_rope [B S R], index_k [B S J]
 
 
@@ -99,13 +102,49 @@ def attend(
     """
     latent, k_rope, index_k = keys
     bounds = (placement.key_start, placement.key_stop)
-    T, S = x.shape[1], latent.shape[1]
     captured = [name for name in ("index_scores", "topk_indices") if name in capture]
-    selects = config.attention == "sparse" and (S > config.index_topk or bool(captured))
-    wants_lse = "lse" in capture
+    selects = config.attention == "sparse" and (latent.shape[1] > config.index_topk or bool(captured))
 
-    def select(x, q_compressed, cos, sin, key_start, key_stop):
-        q, weights = index_queries(x, q_compressed, (cos, sin), parameters["indexer"], config)
+    chosen, extras = None, {}
+    if selects:
+        per_query = ("batch", "queries", None)
+        selection = local(
+            partial(select, config=config, with_scores="index_scores" in captured),
+            in_axes=(per_query, per_query, per_query, per_query[:2], ("batch", None, None), ()),
+            out_axes=(per_query, per_query),
+        )
+        chosen, scores = selection(x, q_compressed, rotation, bounds, index_k, parameters["indexer"])
+        chosen = checkpoint_name(chosen, "topk_indices")
+        extras = {"index_scores": scores, "topk_indices": chosen}
+        extras = {name: extras[name] for name in captured}
+
+    per_query, per_key = ("batch", "sequence", None), ("batch", None, None)
+    weights = {"wq_b": (None, "heads"), "wkv_b": (None, "heads"), "wo": ("heads", None)}
+    attention = local(
+        partial(attend_heads, config=config, with_lse="lse" in capture),
+        in_axes=(per_query, per_query, per_query[:2], per_query, per_key, per_key, weights),
+        out_axes=(Partial(per_query, over=("heads",)), ("batch", "sequence", "heads")),
+    )
+    out, lse = attention(
+        q_compressed, rotation, bounds, chosen, latent, k_rope, {name: parameters[name] for name in weights}
+    )
+    return out, extras if lse is None else extras | {"lse": lse}
+
+
+def select(
+    x: Float[Array, "B T D"],
+    q_compressed: Float[Array, "B T Q"],
+    rotation: Rotation,
+    bounds: Bounds,
+    index_k: Float[Array, "B S J"],
+    indexer: Parameters,
+    config: ModelConfig,
+    with_scores: bool = False,
+) -> tuple[Int[Array, "B T K"], Float[Array, "B T S"] | None]:
+    """The indexer's choice for each query, and the index scores if they are wanted."""
+
+    def one_block(x, q_compressed, cos, sin, key_start, key_stop):
+        q, weights = index_queries(x, q_compressed, (cos, sin), indexer, config)
         scores = kernels.index_scores(
             q, index_k, weights, key_start, key_stop, implementation=config.implementation
         )
@@ -116,54 +155,58 @@ def attend(
             key_stop=key_stop,
             implementation=config.implementation,
         )
-        extras = {"index_scores": scores, "topk_indices": indices}
-        return checkpoint_name(indices, "topk_indices"), {name: extras[name] for name in captured}
+        return indices, scores if with_scores else None
 
-    if prefers_mha(config, T, S):
-        chosen, extras = (
-            map_query_blocks(select, config.query_block, x, q_compressed, *rotation, *bounds)
-            if selects
-            else (None, {})
-        )
+    return map_query_blocks(one_block, config.query_block, x, q_compressed, *rotation, *bounds)
+
+
+def attend_heads(
+    q_compressed: Float[Array, "B T Q"],
+    rotation: Rotation,
+    bounds: Bounds,
+    chosen: Int[Array, "B T K"] | None,
+    latent: Float[Array, "B S C"],
+    k_rope: Float[Array, "B S R"],
+    parameters: Parameters,
+    config: ModelConfig,
+    with_lse: bool = False,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T N"] | None]:
+    """What these heads (as many as the weights hold) add to the output, over the chosen keys or all visible ones."""
+    S = latent.shape[1]
+    if prefers_mha(config, q_compressed.shape[1], S):
         q_nope, q_rope = queries(q_compressed, rotation, parameters, config)
         k_nope, v = expand(latent, parameters, config)
         out, lse = kernels.masked_mha(
             q_nope, q_rope, k_nope, k_rope, v, *bounds, chosen,
             scale=config.softmax_scale, implementation=config.implementation,
         )  # fmt: skip
-        extras |= {"lse": lse} if wants_lse else {}
-        return linear(out.reshape(*out.shape[:2], -1), parameters["wo"]), extras
+        return linear(out.reshape(*out.shape[:2], -1), parameters["wo"]), lse if with_lse else None
 
     # One rounding at the end of the backward pass, not one per block: blocks add their gradients in float32.
     latent32, k_rope32 = latent.astype(jnp.float32), k_rope.astype(jnp.float32)
 
-    def attend_block(x, q_compressed, cos, sin, key_start, key_stop):
-        if selects:
-            chosen, extras = select(x, q_compressed, cos, sin, key_start, key_stop)
-        else:
-            chosen, extras = _all_visible(key_start, key_stop, S), {}
+    @jax.checkpoint
+    def one_block(q_compressed, cos, sin, key_start, key_stop, *chosen):
+        indices = chosen[0] if chosen else _all_visible(key_start, key_stop, S)
         q_nope, q_rope = queries(q_compressed, (cos, sin), parameters, config)
-        w_uk, w_uv = absorbed_weights(parameters, config, x.dtype)
+        w_uk, w_uv = absorbed_weights(parameters, config, q_compressed.dtype)
         out, lse = kernels.sparse_mla(
             jnp.einsum("BTNP,CNP->BTNC", q_nope, w_uk),
-            q_rope, latent32.astype(latent.dtype), k_rope32.astype(k_rope.dtype), chosen,
+            q_rope, latent32.astype(latent.dtype), k_rope32.astype(k_rope.dtype), indices,
             scale=config.softmax_scale, implementation=config.implementation,
         )  # fmt: skip
         out = jnp.einsum("BTNC,CNH->BTNH", out, w_uv)
-        extras |= {"lse": lse} if wants_lse else {}
-        return linear(out.reshape(*out.shape[:2], -1), parameters["wo"]), extras
+        return linear(out.reshape(*out.shape[:2], -1), parameters["wo"]), lse if with_lse else None
 
-    attend_block = jax.checkpoint(
-        attend_block, policy=jax.checkpoint_policies.save_only_these_names("topk_indices")
-    )
-    return map_query_blocks(attend_block, config.query_block, x, q_compressed, *rotation, *bounds)
+    arrays = (q_compressed, *rotation, *bounds, *(() if chosen is None else (chosen,)))
+    return map_query_blocks(one_block, config.query_block, *arrays)
 
 
 def queries(
     q_compressed: Float[Array, "B T Q"], rotation: Rotation, parameters: Parameters, config: ModelConfig
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B T N R"]]:
     """The heads' queries: the part without position, and the rotated part."""
-    q = linear(q_compressed, parameters["wq_b"]).reshape(*q_compressed.shape[:2], config.n_heads, -1)
+    q = linear(q_compressed, parameters["wq_b"]).reshape(*q_compressed.shape[:2], -1, config.qk_head_dim)
     q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
     return q_nope, rotate_interleaved(q_rope, rotation)
 
@@ -172,7 +215,8 @@ def expand(
     latent: Float[Array, "B S C"], parameters: Parameters, config: ModelConfig
 ) -> tuple[Float[Array, "B S N P"], Float[Array, "B S N H"]]:
     """Keys (without position) and values of all heads. wkv_b goes head by head: first P for k, then H for v."""
-    kv = linear(latent, parameters["wkv_b"]).reshape(*latent.shape[:2], config.n_heads, -1)
+    head_dim = config.qk_nope_head_dim + config.v_head_dim
+    kv = linear(latent, parameters["wkv_b"]).reshape(*latent.shape[:2], -1, head_dim)
     k_nope, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
     return k_nope, v
 
@@ -181,7 +225,8 @@ def absorbed_weights(
     parameters: Parameters, config: ModelConfig, dtype: jnp.dtype
 ) -> tuple[Float[Array, "C N P"], Float[Array, "C N H"]]:
     """W_uk, which takes queries into the latent space, and W_uv, which takes outputs out of it."""
-    w = as_matrix(parameters["wkv_b"], dtype).reshape(config.kv_lora_rank, config.n_heads, -1)
+    head_dim = config.qk_nope_head_dim + config.v_head_dim
+    w = as_matrix(parameters["wkv_b"], dtype).reshape(config.kv_lora_rank, -1, head_dim)
     return w[..., : config.qk_nope_head_dim], w[..., config.qk_nope_head_dim :]
 
 

@@ -1,6 +1,7 @@
 """Feed-forward layers: SwiGLU, and the mixture of experts with sigmoid, bias-corrected, group-limited routing."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsa_jax.config import ModelConfig
 from dsa_jax.grouped import grouped_matmul
 from dsa_jax.linear import linear, linear_float32
+from dsa_jax.sharding import Partial, constrain, local
 
 Parameters = Mapping[str, Any]
 
@@ -95,30 +97,83 @@ def moe(
       The output in the dtype of x, and experts [B T A], expert_weights [B T A], expert_load [E], the number of
       valid tokens that chose each expert, and balance, the mean over rows of ``balance_loss``.
     """
+    per_token, per_row = ("batch", "sequence", None), ("rows", "sequence", None)
+    x = constrain(x, *per_token)
     scores = jax.nn.sigmoid(linear_float32(x, parameters["gate"]))
-    experts, weights = route(scores, parameters["gate_bias"], config)
-    load = jnp.zeros(config.n_routed_experts, jnp.int32).at[experts].add(valid[..., None].astype(jnp.int32))
-
-    B, T, D = x.shape
-    A = config.n_activated_experts
-    by_expert = jnp.argsort(experts.reshape(-1), stable=True)
-    tokens = x.reshape(B * T, D)[by_expert // A]
-    group_sizes = jnp.bincount(experts.reshape(-1), length=config.n_routed_experts).astype(jnp.int32)
-
-    routed = parameters["experts"]
-    gate = grouped_matmul(tokens, routed["w_gate"], group_sizes)
-    hidden = _activate(gate, grouped_matmul(tokens, routed["w_up"], group_sizes))
-    outputs = grouped_matmul(hidden, routed["w_down"], group_sizes)[jnp.argsort(by_expert)].reshape(
-        B, T, A, D
+    routing = local(
+        partial(_route_and_count, config=config),
+        in_axes=(per_token, (None,), per_token[:2]),
+        out_axes=(per_token, per_token, Partial((None,), over=("batch", "sequence"))),
     )
-    y = (outputs.astype(jnp.float32) * weights[..., None]).sum(axis=2)
-    y = y + swiglu(x, parameters["shared_experts"]).astype(jnp.float32)
+    experts, weights, load = routing(scores, parameters["gate_bias"], valid)
+
+    in_and_out = {
+        "w_gate": ("experts", None, "ff"),
+        "w_up": ("experts", None, "ff"),
+        "w_down": ("experts", "ff", None),
+    }
+    routed = local(
+        partial(routed_experts, config=config),
+        in_axes=(per_row, per_row, per_row, in_and_out, ("experts",)),
+        out_axes=Partial(per_row, over=("experts", "ff")),
+    )
+    y = routed(x, experts, weights, parameters["experts"], jnp.arange(config.n_routed_experts))
+    y = constrain(y, *per_token) + swiglu(x, parameters["shared_experts"]).astype(jnp.float32)
     return y.astype(x.dtype), {
         "experts": experts,
         "expert_weights": weights,
         "expert_load": load,
         "balance": balance_loss(scores, experts, valid).mean(),
     }
+
+
+def routed_experts(
+    x: Float[Array, "B T D"],
+    experts: Int[Array, "B T A"],
+    weights: Float[Array, "B T A"],
+    parameters: Parameters,
+    held: Int[Array, " held"],
+    config: ModelConfig,
+) -> Float[Array, "B T D"]:
+    """Weighted sum over those of a token's experts that ``parameters`` holds, the numbers ``held``; float32."""
+    n_held = held.shape[0]
+    if n_held == config.n_routed_experts:
+        return _sum_of_experts(x, experts, weights, parameters, n_held)
+    # Of the rows that all devices with other experts see too, any share may be for these experts: there is room
+    # for all tokens of one row at a time, and none is dropped.
+    own = jnp.where((experts >= held[0]) & (experts <= held[-1]), experts - held[0], n_held)
+
+    @jax.checkpoint
+    def one_row(row):
+        x, own, weights = (array[None] for array in row)
+        return _sum_of_experts(x, own, weights, parameters, n_held, all_held=False)[0]
+
+    return lax.map(one_row, (x, own, weights))
+
+
+def _sum_of_experts(x, experts, weights, parameters, n_experts, all_held=True):
+    """Not all_held: experts may be n_experts, which adds 0; these rows lie behind the last group."""
+    B, T, D = x.shape
+    A = experts.shape[-1]
+    by_expert = jnp.argsort(experts.reshape(-1), stable=True)
+    group_sizes = jnp.bincount(experts.reshape(-1), length=n_experts).astype(jnp.int32)
+    in_group = None if all_held else (jnp.arange(B * T * A) < group_sizes.sum())[:, None]
+
+    def grouped(rows):  # behind the last group a grouped product may leave anything, in its gradient too
+        return rows if in_group is None else jnp.where(in_group, rows, 0)
+
+    tokens = grouped(x.reshape(B * T, D)[by_expert // A])
+    gate = grouped(grouped_matmul(tokens, parameters["w_gate"], group_sizes))
+    hidden = _activate(gate, grouped(grouped_matmul(tokens, parameters["w_up"], group_sizes)))
+    outputs = grouped(grouped_matmul(hidden, parameters["w_down"], group_sizes))
+    outputs = outputs[jnp.argsort(by_expert)].reshape(B, T, A, D)
+    return (outputs.astype(jnp.float32) * weights[..., None]).sum(axis=2)
+
+
+def _route_and_count(scores, bias, valid, config):
+    experts, weights = route(scores, bias, config)
+    load = jnp.zeros(config.n_routed_experts, jnp.int32).at[experts].add(valid[..., None].astype(jnp.int32))
+    return experts, weights, load
 
 
 def balance_loss(

@@ -10,6 +10,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.linear import linear
 from dsa_jax.norm import rms_norm
 from dsa_jax.rope import Rotation
+from dsa_jax.sharding import gathered_matrix
 
 
 class Mtp(nn.Module):
@@ -48,6 +49,6 @@ class Mtp(nn.Module):
         """hidden, embedded [B T D] -> normalised output [B T D], cache arrays, aux of the layer."""
         eps = self.config.norm_eps
         pair = [rms_norm(embedded, self.embed_norm, eps), rms_norm(hidden, self.hidden_norm, eps)]
-        x = linear(jnp.concatenate(pair, axis=-1), self.proj)
+        x = linear(jnp.concatenate(pair, axis=-1), gathered_matrix("mtp.proj", self.proj))
         x, cached, aux = self.layer(x, cached, jnp.int32(0), rotation, placement, capture)
         return rms_norm(x, self.norm, eps), cached, aux

@@ -12,6 +12,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.mtp import Mtp
 from dsa_jax.norm import rms_norm
 from dsa_jax.rope import Rotation, rotation
+from dsa_jax.sharding import constrain, gathered_matrix, lookup
 
 Aux = dict[str, jax.Array]
 
@@ -73,7 +74,7 @@ class Transformer(nn.Module):
         c = self.config
         _check_capture(capture, c)
         rope, placement, new_cache = self._place(tokens, positions, segment_ids, cache)
-        x = self.embed[tokens].astype(c.dtype)
+        x = lookup(self.embed, tokens, c.dtype)
         cached = None if cache is None else cache.arrays
 
         auxes: list[Aux] = []
@@ -131,7 +132,7 @@ class Transformer(nn.Module):
         rope, placement, new_cache = self._place(next_tokens, positions, segment_ids, cache)
         owner = self if c.mtp_shared_embeddings else self.mtp
         cached = None if cache is None else cache.arrays
-        embedded = owner.embed[next_tokens].astype(c.dtype)
+        embedded = lookup(owner.embed, next_tokens, c.dtype)
         out, cached, aux = self.mtp(hidden.astype(c.dtype), embedded, cached, rope, placement, capture)
         logits, new_cache = _settle(_logits(out, owner.head), new_cache, cached)
         return logits, new_cache, aux | {"hidden": out}
@@ -177,7 +178,7 @@ class Transformer(nn.Module):
 
         def one_layer(block, carry, layer):
             x, cached, aux = block(*carry, layer, rope, placement, capture)
-            return (x, cached), aux
+            return (constrain(x, "batch", "sequence", None), cached), aux
 
         if self.config.remat == "layer":
             policy = jax.checkpoint_policies.save_only_these_names("topk_indices")
@@ -201,7 +202,9 @@ def _check_capture(capture: tuple[str, ...], config: ModelConfig) -> None:
 def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
     """float32: products of bf16 values are exact there, so this equals float(x) @ float(head)."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, head.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+    head = gathered_matrix("head", head)
+    logits = jnp.matmul(x, head.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", "sequence", "vocab")
 
 
 def _settle(logits: jax.Array, cache: Cache | None, arrays: Arrays | None) -> tuple[jax.Array, Cache | None]:

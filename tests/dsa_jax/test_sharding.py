@@ -1,0 +1,324 @@
+"""Eight simulated devices compute what one computes, and every array has a place on them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dsa_jax.cache import init_cache
+from dsa_jax.config import deepseek_v32, glm5
+from dsa_jax.fp8_weight import Fp8Weight
+from dsa_jax.sharding import (
+    Partial,
+    batch_sharding,
+    cache_shardings,
+    check_mesh,
+    constrain,
+    local,
+    make_mesh,
+    param_shardings,
+)
+from dsa_jax.transformer import Transformer
+from tests.train.small import CONFIG as SMALL
+from tests.train.small import T, batch_of
+from train.config import Lora, dense, indexer_warmup, sparse
+from train.lora import with_adapters
+from train.optimizer import group_of, split
+from train.step import begin_stage, train_step
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)")
+
+# Several blocks of queries on every device, and four times as many keys as a query may select.
+CONFIG = dataclasses.replace(SMALL, n_heads=4, query_block=8, index_topk=8)
+B = 8
+BATCH = batch_of(*[[20, 9], [T], [5, 20], [31]] * 2)
+MESHES = {
+    "data": {"data": 8},
+    "expert": {"expert": 2},
+    "tensor": {"tensor": 2},
+    "context": {"context": 2},
+    "expert and tensor": {"expert": 2, "tensor": 2},
+    "expert, context and tensor": {"expert": 2, "context": 2, "tensor": 2},
+}
+
+
+@functools.cache
+def initial():
+    return jax.jit(Transformer(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+
+
+def close(got, want):
+    """Equal to 1e-5 of an array's largest number; integers exactly."""
+
+    def compare(path, got, want):
+        got, want = np.asarray(got), np.asarray(want)
+        atol = 1e-5 * np.abs(want).max(initial=0) if want.dtype.kind == "f" else 0
+        np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree.map_with_path(compare, got, want)
+
+
+# -- every array has a place
+
+
+def shapes_of(config):
+    return jax.eval_shape(
+        Transformer(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    )
+
+
+def elements(shapes):
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def elements_per_device(shapes, shardings):
+    parts = jax.tree.map(lambda leaf, where: np.prod(where.shard_shape(leaf.shape)), shapes, shardings)
+    return sum(jax.tree.leaves(parts))
+
+
+@pytest.mark.parametrize("mesh", [{"expert": 2, "tensor": 2}, {"context": 8}, {"expert": 8}, {"tensor": 4}])
+@pytest.mark.parametrize("model", [deepseek_v32, glm5])
+def test_every_parameter_of_the_released_models_is_split_over_all_devices(model, mesh):
+    config, mesh = model(), make_mesh(**mesh)
+    shapes = shapes_of(config)
+    assert elements(shapes) == config.param_count()
+    share = elements_per_device(shapes, param_shardings(shapes, config, mesh)) * 8 / elements(shapes)
+    assert (
+        share < 1.03
+    )  # norms lie everywhere; what has neither heads nor experts is not split over their axes
+
+
+@pytest.mark.parametrize(
+    "stage", [dense(1, lr=1.0), sparse(1, lr=1.0, index_lr=1.0)], ids=["dense", "sparse"]
+)
+def test_the_optimizer_and_adapters_lie_as_their_parameters_do(stage):
+    mesh = make_mesh(expert=2, tensor=2)
+
+    def state():
+        params = Transformer(deepseek_v32()).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+        if stage.name == "sparse":
+            params = with_adapters(params, Lora(rank=16), jax.random.key(1))
+        return begin_stage(jnp.int32(0), params, stage)
+
+    shapes = jax.eval_shape(state)
+    where = param_shardings(shapes, deepseek_v32(), mesh)
+    model = where.opt_state.inner_states["model"].inner_state[1][0]
+    parameters = traverse_util.flatten_dict(where.params, sep=".")
+    moments = {path for path in model.mu if isinstance(model.mu[path], NamedSharding)}
+    assert moments == {path for path in split(shapes.params, stage)[0] if group_of(path) == "model"}
+    for path in moments:
+        assert parameters[path] == model.mu[path] == model.nu[path], path
+    assert model.count.spec == P()
+    if stage.name == "sparse":
+        adapter = where.params["lora"]["moe_layers"]["ffn"]["experts"]["w_down"]
+        assert adapter["a"].spec == P(None, ("expert",), ("tensor",), None)
+        assert adapter["b"].spec == P(None, ("expert",), None, ("data", "context"))
+
+
+def test_an_fp8_weight_is_split_between_its_blocks():
+    mesh = make_mesh(tensor=2)
+    shape = jax.ShapeDtypeStruct
+
+    def place(n_columns):
+        weight = Fp8Weight(
+            values=shape((3, 1024, n_columns), jnp.float8_e4m3fn),
+            scales=shape((3, 8, -(-n_columns // 128)), jnp.float32),
+        )
+        return param_shardings({"params": {"moe_layers": {"attn": {"wq_b": weight}}}}, CONFIG, mesh), weight
+
+    for n_columns, per_device in ((512, 256), (384, 384), (320, 320)):
+        tree, weight = place(n_columns)
+        where = tree["params"]["moe_layers"]["attn"]["wq_b"]
+        assert where.values.shard_shape(weight.values.shape) == (3, 256, per_device)
+        assert where.scales.shard_shape(weight.scales.shape) == (3, 2, -(-per_device // 128))
+
+
+def test_a_parameter_that_the_table_does_not_list_is_refused():
+    tree = shapes_of(CONFIG)
+    tree["params"]["moe_layers"]["attn"]["w_new"] = jax.ShapeDtypeStruct((1, 4, 4), jnp.float32)
+    with pytest.raises(ValueError, match=r"params.moe_layers.attn.w_new \(1, 4, 4\) has no row"):
+        param_shardings(tree, CONFIG, make_mesh())
+
+
+def test_a_parameter_of_another_rank_than_the_table_says_is_refused():
+    tree = {"params": {"embed": jax.ShapeDtypeStruct((4, 4, 4), jnp.float32)}}
+    with pytest.raises(ValueError, match=r"params.embed must have 2 axes, .*, got \(4, 4, 4\)"):
+        param_shardings(tree, CONFIG, make_mesh())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "arguments", "message"),
+    [
+        (
+            {"tensor": 8},
+            {},
+            "n_heads must be a multiple of the mesh's tensor=8, got 4; .*tensor=4 would work",
+        ),
+        (
+            {"expert": 8},
+            {"batch": 4},
+            "the batch must be a multiple of the mesh's data=1 x expert=8 = 8, got 4; "
+            "data=1, expert=4, context=1, tensor=2 would work",
+        ),
+        (
+            {"context": 8},
+            {"seq_len": 36},
+            "the sequence length .* context=8, got 36; .*context=4, .*would work",
+        ),
+        ({}, {"batch": 1, "seq_len": 1}, "got 1; .*tensor=4 on 4 of the devices would work"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_is_refused_with_one_that_does(mesh, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        check_mesh(CONFIG, make_mesh(**mesh), **arguments)
+
+
+def test_a_mesh_that_does_not_divide_the_experts_is_refused():
+    config = dataclasses.replace(CONFIG, n_routed_experts=4, n_expert_groups=2)
+    with pytest.raises(ValueError, match=r"n_routed_experts .* expert=8, got 4; data=2, expert=4"):
+        param_shardings(shapes_of(config), config, make_mesh(expert=8))
+
+
+@pytest.mark.parametrize("axes", [{"data": 3}, {"tensor": 16}, {"data": 0}])
+def test_a_mesh_of_another_number_of_devices_is_refused(axes):
+    with pytest.raises(ValueError, match=r"the mesh .* has \d+ devices, but there are 8; .* would work"):
+        make_mesh(**axes)
+
+
+def test_batches_and_caches_are_refused_too_when_the_mesh_does_not_divide_them():
+    mesh = make_mesh(data=4, context=2)
+    with pytest.raises(ValueError, match="the batch .* got 6"):
+        cache_shardings(CONFIG, mesh, batch=6)
+    with pytest.raises(ValueError, match="the sequence length .* got 31"):
+        batch_sharding(CONFIG, mesh, batch=4, seq_len=31)
+
+
+# -- local
+
+
+def test_without_a_mesh_nothing_happens():
+    x = jnp.ones((3, 5))
+    assert constrain(x, "batch", "heads") is x
+    assert local(lambda x: x, (("batch", "heads"),), ("batch", "heads"))(x) is x
+
+
+def test_local_runs_on_parts_and_adds_up_what_is_partial():
+    mesh, x = make_mesh(data=2, tensor=4), jnp.arange(32.0).reshape(4, 8)
+    seen = []
+
+    def rows_and_total(x):
+        seen.append(x.shape)
+        return x.sum(axis=1), x.sum()
+
+    apply = local(
+        rows_and_total,
+        (("batch", "heads"),),
+        (Partial(("batch",), over=("heads",)), Partial((), over=("batch", "heads"))),
+    )
+    with jax.set_mesh(mesh):
+        close(jax.jit(apply)(x), (x.sum(axis=1), x.sum()))
+        gradient = jax.jit(jax.grad(lambda x: (apply(x)[0] ** 2).sum() + apply(x)[1]))(x)
+        assert set(seen) == {(2, 2)}
+        close(jax.jit(apply)(x[:3]), (x[:3].sum(axis=1), x[:3].sum()))  # 3 rows stay whole
+    assert seen[-1] == (3, 2)
+    close(gradient, jnp.broadcast_to(2 * x.sum(axis=1, keepdims=True) + 1, x.shape))
+
+
+# -- the model
+
+STAGES = {
+    "dense": dense(10, lr=1e-2, clip=1e9),
+    "indexer_warmup": indexer_warmup(10, index_lr=1e-2, clip=1e9),
+    "sparse": sparse(10, lr=1e-2, index_lr=1e-2, clip=1e9),
+}
+
+
+def one_step(stage, mesh=None):
+    """Metrics of a step, and the first moments after it: 0.1 times the gradients, since nothing is clipped."""
+    state = begin_stage(jnp.int32(0), initial(), stage)
+    step = functools.partial(train_step, config=CONFIG, stage=stage)
+    if mesh is None:
+        state, metrics = jax.jit(step)(state, BATCH)
+    else:
+        where = param_shardings(state, CONFIG, mesh)
+        with jax.set_mesh(mesh):
+            batch = jax.device_put(BATCH, batch_sharding(CONFIG, mesh, B, T))
+            state, metrics = jax.jit(step, out_shardings=(where, None))(jax.device_put(state, where), batch)
+    groups = state.opt_state.inner_states.values()
+    return metrics, [group.inner_state[1][0].mu for group in groups]
+
+
+@functools.cache
+def one_step_alone(name):
+    return one_step(STAGES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "mesh"),
+    [
+        ("sparse", "data"),
+        ("sparse", "expert, context and tensor"),
+        ("dense", "expert and tensor"),
+        ("indexer_warmup", "context"),
+        ("indexer_warmup", "expert, context and tensor"),
+    ],
+)
+def test_a_training_step_has_the_same_losses_and_gradients(stage, mesh):
+    close(one_step(STAGES[stage], make_mesh(**MESHES[mesh])), one_step_alone(stage))
+
+
+CAPTURED = ("topk_indices", "experts", "out")
+
+
+def prefill_and_decode(mesh=None):
+    """Logits, selected keys, experts and layer outputs of 31 tokens at once and of the one that follows."""
+    model = Transformer(CONFIG)
+
+    @jax.jit
+    def step(params, tokens, segment_ids, cache):
+        logits, cache, aux = model.apply(
+            params, tokens, segment_ids=segment_ids, cache=cache, capture=CAPTURED
+        )
+        return cache, (logits, {name: aux[name] for name in CAPTURED})
+
+    params, tokens, cache = initial(), BATCH["tokens"], init_cache(CONFIG, B, T)
+    segment_ids = jnp.ones_like(tokens).at[::3, :2].set(0)  # padding on the left of some rows
+    if mesh is not None:
+        params = jax.device_put(params, param_shardings(params, CONFIG, mesh))
+        cache = jax.device_put(cache, cache_shardings(CONFIG, mesh, B))
+    cache, prefill = step(params, tokens[:, : T - 2], segment_ids[:, : T - 2], cache)
+    cache, decode = step(params, tokens[:, T - 2 : T - 1], segment_ids[:, T - 2 : T - 1], cache)
+    return prefill, decode, cache
+
+
+@functools.cache
+def prefill_and_decode_alone():
+    return prefill_and_decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "expert and tensor"])
+def test_prefill_and_decode_are_the_same(mesh):
+    mesh = make_mesh(**MESHES[mesh])
+    with jax.set_mesh(mesh):
+        got = prefill_and_decode(mesh)
+    close(got, prefill_and_decode_alone())
+    assert got[2].latent.sharding.is_equivalent_to(cache_shardings(CONFIG, mesh, B).latent, 4)
+
+
+@pytest.mark.slow
+def test_parameters_made_on_the_mesh_are_those_made_on_one_device():
+    mesh = make_mesh(**MESHES["expert, context and tensor"])
+    where = param_shardings(initial(), CONFIG, mesh)
+    with jax.set_mesh(mesh):
+        made = jax.jit(Transformer(CONFIG).init, out_shardings=where)(
+            jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
+        )
+    close(made, initial())
