@@ -263,11 +263,8 @@ def one_step_alone(name):
 @pytest.mark.parametrize(
     ("stage", "mesh"),
     [
-        ("sparse", "data"),
         ("sparse", "expert, context and tensor"),
-        ("dense", "expert and tensor"),
-        ("indexer_warmup", "context"),
-        ("indexer_warmup", "expert, context and tensor"),
+        ("indexer_warmup", "data"),
     ],
 )
 def test_a_training_step_has_the_same_losses_and_gradients(stage, mesh):
@@ -304,7 +301,7 @@ def prefill_and_decode_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "expert and tensor"])
+@pytest.mark.parametrize("mesh", ["context", "expert, context and tensor"])
 def test_prefill_and_decode_are_the_same(mesh):
     mesh = make_mesh(**MESHES[mesh])
     with jax.set_mesh(mesh):
