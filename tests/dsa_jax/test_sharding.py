@@ -40,10 +40,7 @@ B = 8
 BATCH = batch_of(*[[20, 9], [T], [5, 20], [31]] * 2)
 MESHES = {
     "data": {"data": 8},
-    "expert": {"expert": 2},
-    "tensor": {"tensor": 2},
     "context": {"context": 2},
-    "expert and tensor": {"expert": 2, "tensor": 2},
     "expert, context and tensor": {"expert": 2, "context": 2, "tensor": 2},
 }
 
