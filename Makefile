@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-all lint clean
 
 help:
 	@echo "make demo    install into .venv without PyTorch, then let a small trained model continue a Python file"
 	@echo "             (make demo FILE=path.py: yours), with checks, speed and two pictures"
 	@echo "make test    install the test tools and PyTorch too, then check style, types and run the tests"
+	@echo "make test-all  the same and the long tests, some minutes more"
 	@echo "make lint    the style and type checks of make test alone"
 	@echo "make clean   remove .venv, runs/ and caches"
 
@@ -21,7 +22,10 @@ demo: $(VENV)/.demo
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m dsa_jax.demo $(if $(FILE),'$(FILE)')
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --timeout 600 tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --timeout 600 -m "not nightly" tests
+
+test-all: lint
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --timeout 600 tests
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 Examples:
 
     python -m train nano_cpu
-    python -m train nano --folder /tmp/nano --run.stages.0.steps 100 --run.batch 8
+    python -m train nano --folder runs/short --run.stages.0.steps 100 --run.batch 8
     python -m train nano --init-from CHECKPOINT --lora-rank 16
 """
 

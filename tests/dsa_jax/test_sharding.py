@@ -256,7 +256,7 @@ def one_step_alone(name):
     return one_step(STAGES[name])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("stage", "mesh"),
     [
@@ -298,7 +298,9 @@ def prefill_and_decode_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["context", "expert, context and tensor"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("context", marks=pytest.mark.nightly), "expert, context and tensor"]
+)
 def test_prefill_and_decode_are_the_same(mesh):
     mesh = make_mesh(**MESHES[mesh])
     with jax.set_mesh(mesh):
@@ -307,7 +309,7 @@ def test_prefill_and_decode_are_the_same(mesh):
     assert got[2].latent.sharding.is_equivalent_to(cache_shardings(CONFIG, mesh, B).latent, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_parameters_made_on_the_mesh_are_those_made_on_one_device():
     mesh = make_mesh(**MESHES["expert, context and tensor"])
     where = param_shardings(initial(), CONFIG, mesh)

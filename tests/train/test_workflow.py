@@ -49,6 +49,7 @@ def nano_cpu(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("quick run")  # its fixture trains for minutes: once, not once a worker
 class TestQuickRun:
     def test_it_prints_what_each_stage_changed(self, nano_cpu):
         printed, evaluations = nano_cpu
