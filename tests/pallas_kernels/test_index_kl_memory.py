@@ -5,10 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import pallas_kernels as pk
 from pallas_kernels.cases import Case
 from pallas_kernels.index_kl.memory import FORMS, main, shapes, temporary_bytes, written_out
+
+pytestmark = pytest.mark.nightly
 
 
 def case(T, S=None, **sizes):
