@@ -27,7 +27,7 @@ from rich.text import Text
 
 from dsa_jax.checkpoint import load_config, load_params
 from dsa_jax.cli import encode, read_tokenizer
-from dsa_jax.compare import max_difference
+from dsa_jax.compare import log_softmax, max_difference
 from dsa_jax.config import ModelConfig
 from dsa_jax.demo_pictures import draw_reading, draw_selection
 from dsa_jax.generate import Sampling, generate
@@ -104,10 +104,7 @@ def cut(text: str, tokenizer: Any, limit: int) -> str:
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
     """Mean nats per target; logits [T V], targets [T]."""
-    logits = logits.astype(np.float64)
-    top = logits.max(axis=-1)
-    lse = np.log(np.exp(logits - top[:, None]).sum(axis=-1)) + top
-    return float((lse - logits[np.arange(len(targets)), targets]).mean())
+    return float(-log_softmax(logits)[np.arange(len(targets)), targets].mean())
 
 
 def agreement(model: Model, tokens: np.ndarray) -> tuple[Table, list[tuple[str, bool]], np.ndarray]:

@@ -74,8 +74,8 @@ tiled.defvjp(_tiled_forward, _tiled_backward)
 
 def _tiles(n_rows: int, group_sizes: Array) -> tuple[Array, Array, Array]:
     """source [tiles TILE]: the row in each place, or n_rows for none; experts [tiles]; place [M]: where a row went."""
-    quarter = n_rows // (4 * group_sizes.shape[0])
-    size = min(max(TILE, 1 << quarter.bit_length() - 1), n_rows) if quarter else min(TILE, n_rows)
+    quarter = max(n_rows // (4 * group_sizes.shape[0]), 1)
+    size = min(max(TILE, 1 << quarter.bit_length() - 1), n_rows)
     n_tiles = n_rows // size + min(group_sizes.shape[0], n_rows)
     tiles_of_group = -(-group_sizes // size)
     last_tile, last_row = jnp.cumsum(tiles_of_group), jnp.cumsum(group_sizes)

@@ -127,13 +127,10 @@ def capture(
 
         return hook
 
-    def impose(key: str) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> Any:
-            ours = np.asarray(selected[key]) if selected else np.zeros(0)
-            # Missing keys become one that is there: a set does not count it twice.
-            return torch.from_numpy(np.where(ours < 0, ours.max(-1, keepdims=True), ours)).to(output.dtype)
-
-        return hook
+    def impose(topk: np.ndarray) -> Any:
+        # Missing keys become one that is there: a set does not count it twice.
+        indices = torch.from_numpy(np.where(topk < 0, topk.max(-1, keepdims=True), topk))
+        return lambda module, inputs, output: indices.to(output.dtype)
 
     def record_scores(forward: Any, key: str) -> Any:
         """The indexer returns only indices; its scores are the one tensor on which it calls topk.
@@ -163,7 +160,7 @@ def capture(
                 indexer.register_forward_hook(keep(f"layer{i}.topk")),
             ]
             if selected is not None:
-                hooks.append(indexer.register_forward_hook(impose(f"layer{i}.topk")))
+                hooks.append(indexer.register_forward_hook(impose(selected[f"layer{i}.topk"])))
             if hasattr(layer.mlp, "gate"):
                 hooks.append(layer.mlp.gate.register_forward_hook(keep(f"layer{i}.gate_w", 1)))
                 hooks.append(layer.mlp.gate.register_forward_hook(keep(f"layer{i}.gate_i", 2)))

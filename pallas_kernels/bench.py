@@ -74,20 +74,24 @@ def seconds(function: Callable[..., Any], make: Callable[[int], Any], n_sets: in
     return statistics.median(run(several, [together], 5) for _ in range(5)) / CALLS
 
 
+def product_rate(dtype: Any, n: int = 8192) -> float:
+    """FLOP/s of an n^3 matrix product of random numbers of this dtype: the ceiling that shares refer to."""
+
+    def product(ab):
+        return jax.lax.dot_general(*ab, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
+
+    def factors(seed):
+        keys = jax.random.split(jax.random.key(seed))
+        return tuple(jax.random.normal(key, (n, n)).astype(dtype) for key in keys)
+
+    return 2 * n**3 / seconds(product, factors)
+
+
 def ceilings(tiny: bool) -> dict[str, float]:
     """TFLOP/s of a square matrix product by dtype, and TB/s of a copy."""
     n = 128 if tiny else 8192
-    result = {}
-    for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
-
-        def product(ab):
-            return jax.lax.dot_general(*ab, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
-
-        def factors(seed, dtype=dtype):
-            keys = jax.random.split(jax.random.key(seed))
-            return tuple(jax.random.normal(key, (n, n)).astype(dtype) for key in keys)
-
-        result[jnp.dtype(dtype).name] = 2 * n**3 / seconds(product, factors) / 1e12
+    dtypes = (jnp.bfloat16, jnp.float8_e4m3fn)
+    result = {jnp.dtype(dtype).name: product_rate(dtype, n) / 1e12 for dtype in dtypes}
     size = n * n * (1 if tiny else 8)
     took = seconds(lambda x: -x, lambda seed: jax.random.normal(jax.random.key(seed), (size,)))
     result["copy"] = 8 * size / took / 1e12

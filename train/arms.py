@@ -71,7 +71,7 @@ def sources(task: str, budget: Budget, data: str | None) -> tuple[Source, ...]:
 
 
 def model_config(seq_len: int) -> ModelConfig:
-    """About 6 M parameters, with index_topk a sixteenth of the row."""
+    """About 4 M parameters, with index_topk a sixteenth of the row."""
     return ModelConfig(
         vocab_size=4096, d_model=192, n_layers=4, n_dense_layers=1, n_heads=6, d_ff=512, d_expert=96,
         q_lora_rank=96, kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
@@ -132,7 +132,7 @@ def run_seed(seed: int, budget: Budget, data: tuple[Source, ...], folder: Path, 
         }
         if attention == "sparse":
             if isinstance(facts, Needles):
-                found["by_depth"] = needle_accuracy(params, switched, facts, [budget.seq_len], list(DEPTHS))
+                found["by_depth"] = needle_accuracy(params, switched, facts, [budget.seq_len], DEPTHS)
             layers = indexer_quality(params, switched, judged[0])
             found["recall"] = [layer["recall"] / layer["recall_oracle"] for layer in layers]
             found["kl"] = [layer["kl"] for layer in layers]

@@ -1,7 +1,6 @@
 """What a run says about itself: one JSON object a line in metrics.jsonl, and a live line on the terminal."""
 
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,20 +61,6 @@ def memory_bytes() -> int | None:
     """Peak memory of the first device, or None where it does not say."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     return statistics.get("peak_bytes_in_use")
-
-
-def matmul_ceiling() -> float:
-    """FLOP/s of a square bfloat16 matrix product on the first device: what "share of the ceiling" refers to."""
-    n = 512 if jax.default_backend() == "cpu" else 8192
-    a = jax.random.normal(jax.random.key(0), (n, n)).astype(jax.numpy.bfloat16)
-    product = jax.jit(lambda a: a @ a)
-    product(a).block_until_ready()
-    begin = time.perf_counter()
-    b = a
-    for _ in range(5):
-        b = product(a)
-    b.block_until_ready()
-    return 5 * 2 * n**3 / (time.perf_counter() - begin)
 
 
 class LiveLine:

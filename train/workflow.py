@@ -17,6 +17,7 @@ from rich.table import Table
 
 from dsa_jax.checkpoint import load_config, load_params
 from dsa_jax.transformer import Transformer
+from pallas_kernels.bench import product_rate
 from train.checkpoint import Checkpoints
 from train.config import Run, Stage, to_json
 from train.evaluate import indexer_quality, needle_accuracy, score
@@ -29,7 +30,6 @@ from train.metrics import (
     JsonLines,
     LiveLine,
     as_json,
-    matmul_ceiling,
     memory_bytes,
 )
 from train.optimizer import group_of
@@ -117,7 +117,7 @@ class _Loop:
         self.validation = validation_batches(run) if run.eval_batches else []
         sources = [rows_of(source, run.seq_len, "validation") for source in run.data]
         self.needles = [source for source in sources if isinstance(source, Needles)]
-        self.ceiling = matmul_ceiling() if jax.default_backend() != "cpu" else None
+        self.ceiling = product_rate(jnp.bfloat16) if jax.default_backend() != "cpu" else None
         self.line = LiveLine(console, run.steps)
 
     def close(self) -> None:
