@@ -5,6 +5,7 @@ latent space over gathered latents (MQA, long sequences and decode). ``prefers_m
 that chooses.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from dsa_jax.fp8_weight import as_matrix
 from dsa_jax.indexer import Indexer, index_keys, index_queries
 from dsa_jax.linear import linear
 from dsa_jax.norm import rms_norm
-from dsa_jax.quantize import fake_quantize
+from dsa_jax.quantize import BLOCK, fake_quantize, quantize
 from dsa_jax.rope import Rotation, rotate_interleaved
 from dsa_jax.sharding import Partial, local
 from pallas_kernels.blocking import map_query_blocks
@@ -31,6 +32,10 @@ from pallas_kernels.keys import visible
 Parameters = Mapping[str, Any]
 Bounds = tuple[jax.Array, jax.Array]  # key_start, key_stop [B T]
 Keys = tuple[jax.Array, ...]  # latent [B S C], k_rope [B S R], index_k [B S J]
+
+# Queries of a row from which FP8 index scores pay: keys are quantised once, 384 bytes of traffic each or 0.1 ns,
+# and a key saves 9 ns in 1000 queries (docs/benchmarks.md).
+FP8_QUERIES = 16
 
 
 class Mla(nn.Module):
@@ -69,14 +74,32 @@ def compress(
 
 
 def prefers_mha(config: ModelConfig, T: int, S: int) -> bool:
-    """Whether expanded heads over all S keys cost fewer multiplications than absorbed heads over the chosen ones.
+    """Whether T queries over S keys run as expanded heads over all keys, not absorbed heads over the chosen ones.
+
+    Where ``sparse_mla`` has a kernel (Hopper GPUs) the absorbed form: of one V3.2 layer, selection included, it
+    was 2.1 times as fast at 2K tokens, 3.6 at 4K and 7.1 at 8K (docs/benchmarks.md). Elsewhere XLA computes both,
+    and the one with fewer multiplications runs. ``for_training`` makes the choice for a pass with gradients.
+    """
+    if config.attention_form != "auto":
+        return config.attention_form == "mha"
+    widths = config.kv_lora_rank, config.qk_rope_head_dim, jnp.dtype(config.dtype)
+    return not kernels.sparse_mla_has_kernel(*widths, config.implementation) and _fewer_expanded(config, T, S)
+
+
+def for_training(config: ModelConfig, T: int) -> ModelConfig:
+    """The config whose attention has a fixed form for rows of T tokens: gradients are XLA's in both forms."""
+    if config.attention_form != "auto":
+        return config
+    return dataclasses.replace(config, attention_form="mha" if _fewer_expanded(config, T, T) else "mqa")
+
+
+def _fewer_expanded(config: ModelConfig, T: int, S: int) -> bool:
+    """Whether expanded heads cost fewer multiplications.
 
     Counted per query and head: MHA multiplies every key (P + R + H) and shares the expansion of S latents
     among T queries; MQA multiplies min(K, S) latents (2 C + R) and absorbs its query and output.
     For V3.2 the two meet near S = 7,000 when all of it is prefilled at once; decode is always MQA.
     """
-    if config.attention_form != "auto":
-        return config.attention_form == "mha"
     P, R, H, C = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank
     chosen = min(config.index_topk, S) if config.attention == "sparse" else S
     mha = S * (P + R + H) + C * (P + H) * S / T
@@ -142,11 +165,16 @@ def select(
     with_scores: bool = False,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T S"] | None]:
     """The indexer's choice for each query, and the index scores if they are wanted."""
+    in_fp8 = config.index_fp8 and config.index_head_dim == BLOCK and x.shape[1] >= FP8_QUERIES
+    k, k_scale = in_fp8_with_scale(index_k) if in_fp8 else (index_k, None)
 
     def one_block(x, q_compressed, cos, sin, key_start, key_stop):
         q, weights = index_queries(x, q_compressed, (cos, sin), indexer, config)
+        if in_fp8:
+            q, q_scale = in_fp8_with_scale(q)
+            weights = weights * q_scale
         scores = kernels.index_scores(
-            q, index_k, weights, key_start, key_stop, implementation=config.implementation
+            q, k, weights, key_start, key_stop, k_scale=k_scale, implementation=config.implementation
         )
         indices = kernels.select_topk(
             scores,
@@ -158,6 +186,12 @@ def select(
         return indices, scores if with_scores else None
 
     return map_query_blocks(one_block, config.query_block, x, q_compressed, *rotation, *bounds)
+
+
+def in_fp8_with_scale(x: Float[Array, "*rows X"]) -> tuple[Float[Array, "*rows X"], Float[Array, "*rows"]]:
+    """float8_e4m3fn values and the scale of each row of 128; exact if x is what ``fake_quantize`` returned."""
+    values, scales = quantize(x)
+    return values, scales[..., 0]
 
 
 def attend_heads(

@@ -65,12 +65,14 @@ def rotate_hadamard(x: Float[Array, "*rows X"]) -> Float[Array, "*rows X"]:
     Orthogonal: it changes no dot product, only spreads outliers before quantisation. Needed on queries and
     keys together or on neither.
     """
-    rotated = jnp.matmul(x.astype(jnp.float32), _hadamard(x.shape[-1]), precision=lax.Precision.HIGHEST)
-    return rotated.astype(x.dtype)
+    signs = jnp.asarray(_hadamard(x.shape[-1]), x.dtype)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # products with signs are exact
+    sums = jnp.matmul(x, signs, precision=precision, preferred_element_type=jnp.float32)
+    return (sums * x.shape[-1] ** -0.5).astype(x.dtype)
 
 
 def _hadamard(size: int) -> np.ndarray:
     matrix = np.ones((1, 1), np.float32)
     while matrix.shape[0] < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix * np.float32(size**-0.5)
+    return matrix

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -95,7 +97,7 @@ def make_mesh(
       ValueError: the product of the axes is not the number of devices.
     """
     n_devices = len(jax.devices() if devices is None else devices)
-    data = max(n_devices // (expert * context * tensor), 1) if data is None else data
+    data = max(n_devices // max(expert * context * tensor, 1), 1) if data is None else data
     sizes = {"data": data, "expert": expert, "context": context, "tensor": tensor}
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != n_devices:
         raise ValueError(
@@ -103,11 +105,13 @@ def make_mesh(
             f"{_nearest(sizes, n_devices, lambda _: True)} would work"
         )
     shape = tuple(sizes[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    # Neighbours in the mesh are neighbours in the machine; an axis may take a part of one of its dimensions.
+    places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(places, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_mesh(
-    config: ModelConfig, mesh: Mesh, *, batch: int | None = None, seq_len: int | None = None
+    config: ModelConfig, mesh: Mesh | AbstractMesh, *, batch: int | None = None, seq_len: int | None = None
 ) -> None:
     """Refuses a mesh that does not divide the model's heads and experts, or a batch of these sizes.
 
@@ -275,6 +279,15 @@ def gathered(owner: str, parameters: Any) -> Any:
     return jax.tree.map_with_path(gather, parameters, is_leaf=lambda x: isinstance(x, Fp8Weight))
 
 
+def as_stored(owner: str, parameters: Any) -> Any:
+    """Parameters of a layer's part ("attn.indexer"), or their gradients, laid out as the parameters are at rest."""
+
+    def lay_out(path: Any, leaf: Any) -> Any:
+        return constrain(leaf, *_LAYER[".".join((owner, *map(_word, path)))])
+
+    return jax.tree.map_with_path(lay_out, parameters)
+
+
 def gathered_matrix(name: str, weight: Any) -> Any:
     """The same for a parameter outside the layers."""
     mesh = _mesh_in_use()
@@ -346,7 +359,7 @@ def local(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable
         def summed(axes: Axes | Partial, part: Any) -> Any:
             over = axes.over if isinstance(axes, Partial) else ()
             mesh_axes = tuple(axis for name in over for axis in split[name] or ())
-            return lax.psum(part, mesh_axes) if mesh_axes else part
+            return jax.tree.map(lambda x: _sum(x, mesh_axes), part) if mesh_axes else part
 
         def body(*arrays: Any) -> Any:
             return jax.tree.map(summed, out_axes, function(*arrays), is_leaf=_is_axes)
@@ -355,6 +368,17 @@ def local(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable
         return jax.shard_map(body, in_specs=specs[0], out_specs=specs[1], check_vma=False)(*arrays)
 
     return call
+
+
+def _sum(part: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
+    """lax.psum whose gradient exchanges nothing: shard_map hands every device its own, divided by their number."""
+
+    @jax.custom_vjp
+    def psum(part):
+        return lax.psum(part, mesh_axes)
+
+    psum.defvjp(lambda part: (psum(part), None), lambda _, d: (d * lax.axis_size(mesh_axes),))
+    return psum(part) if jnp.issubdtype(part.dtype, jnp.inexact) else lax.psum(part, mesh_axes)
 
 
 def _is_axes(x: Any) -> bool:

@@ -181,7 +181,7 @@ class Transformer(nn.Module):
             return (constrain(x, "batch", "sequence", None), cached), aux
 
         if self.config.remat == "layer":
-            policy = jax.checkpoint_policies.save_only_these_names("topk_indices")
+            policy = jax.checkpoint_policies.save_only_these_names("topk_indices", "index_gradients")
             one_layer = nn.remat(one_layer, prevent_cse=False, policy=policy)
         scan = nn.scan(one_layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=count)
         (x, cached), aux = scan(block, (x, cached), first + jnp.arange(count, dtype=jnp.int32))

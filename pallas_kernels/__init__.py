@@ -27,6 +27,14 @@ from pallas_kernels.index_kl import index_kl_dense, index_kl_selected
 from pallas_kernels.index_scores import index_scores
 from pallas_kernels.masked_mha import masked_mha
 from pallas_kernels.select_topk import select_topk
-from pallas_kernels.sparse_mla import sparse_mla
+from pallas_kernels.sparse_mla import sparse_mla, sparse_mla_has_kernel
 
-__all__ = ["index_kl_dense", "index_kl_selected", "index_scores", "masked_mha", "select_topk", "sparse_mla"]
+__all__ = [
+    "index_kl_dense",
+    "index_kl_selected",
+    "index_scores",
+    "masked_mha",
+    "select_topk",
+    "sparse_mla",
+    "sparse_mla_has_kernel",
+]

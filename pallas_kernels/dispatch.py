@@ -13,7 +13,7 @@ PREFERRED = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}  # by jax.default_backend
 
 # Kernels whose present source has not passed its tests on hardware (docs/benchmarks.md says what did run): they
 # run when named, never by default.
-UNPROVED = frozenset({("sparse_mla over an FP8 cache", "mosaic_gpu")})
+UNPROVED: frozenset[tuple[str, str]] = frozenset()
 
 _logger = logging.getLogger(__name__)
 
@@ -55,6 +55,18 @@ def dispatch(
     elif kernel is not None:
         _log_once(f"{operation}: using 'xla', because there is no {kernel!r} implementation yet")
     return implementations["xla"](*args, **kwargs)
+
+
+def has_kernel(checks: Mapping[str, Callable[..., Any]], implementation: str | None, *args: Any) -> bool:
+    """Whether a kernel would run, by its check (name -> function), which raises NotImplementedError if it cannot."""
+    name = PREFERRED.get(jax.default_backend()) if implementation is None else implementation
+    if name not in checks:
+        return False
+    try:
+        checks[name](*args)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:

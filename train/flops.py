@@ -22,7 +22,7 @@ indexer besides.
 from typing import Literal
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.mla import prefers_mha
+from dsa_jax.mla import for_training, prefers_mha
 
 Flops = dict[str, float]  # part -> operations per token; the sum of the values is the total
 
@@ -58,6 +58,8 @@ def training_flops(
     indexer; MTP is counted as a whole layer.
     """
     has_mtp, learns = bool(config.n_mtp_layers), trains != "model"
+    if trains != "indexer":
+        config = for_training(config, length)
     parts = forward_flops(config, length, mtp=has_mtp)
     layer, head = _attention_layer(config, length), parts["head"]
     index = _index_learning(config, length) if learns else dict.fromkeys(("indexer", "index_kl"), 0.0)

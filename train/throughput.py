@@ -1,9 +1,18 @@
-"""How fast a model runs, and in how much memory, by length of the row: dense beside sparse attention."""
+"""How fast a model runs, and in how much memory, by length of the row: dense beside sparse attention.
 
+    python -m train.throughput [--lengths 4096 16384 32768] [--tokens 32768] [--json FILE]
+
+times whole training steps of ``medium`` on the default device, with random weights and tokens.
+"""
+
+import argparse
 import dataclasses
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -12,7 +21,9 @@ import numpy as np
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.transformer import Transformer
-from train.flops import forward_flops
+from train.config import dense, sparse
+from train.flops import forward_flops, training_flops
+from train.step import begin_stage, train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,37 @@ FORWARD = Pass(
     ),
 )
 """A prefill: the whole row, the logits of its last token."""
+
+
+def _step(config: ModelConfig) -> Callable[[Any, Any], Any]:
+    """The parameters after one step; moments begin at zero in it, so memory is that of a step, state included."""
+    stage = dense(1, lr=1e-4) if config.attention == "dense" else sparse(1, lr=1e-4, index_lr=1e-4)
+
+    def run(params, batch):
+        state, metrics = train_step(begin_stage(jnp.int32(0), params, stage), batch, config, stage)
+        return state, metrics["loss"]
+
+    return run
+
+
+STEP = Pass(
+    make=_step,
+    flops=lambda config, length: sum(
+        training_flops(config, length, "model" if config.attention == "dense" else "both").values()
+    ),
+)
+"""A training step: dense, or sparse with the indexers' KL on the selected keys; losses, gradients, AdamW."""
+
+
+def medium() -> ModelConfig:
+    """A model of 0.57 B parameters whose attention has V3.2's dimensions per head and 64 heads."""
+    return ModelConfig(
+        vocab_size=32768, d_model=1024, n_layers=6, n_dense_layers=1, n_heads=64, d_ff=4096, d_expert=512,
+        q_lora_rank=512, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        index_n_heads=16, index_head_dim=128, index_topk=2048, n_routed_experts=32, n_shared_experts=1,
+        n_activated_experts=4, n_expert_groups=4, n_limited_groups=2, route_scale=2.5, max_seq_len=131072,
+        n_mtp_layers=1, mtp_shared_embeddings=True, remat="layer",
+    )  # fmt: skip
 
 
 def throughput(
@@ -113,3 +155,44 @@ def _measure(function: Callable[..., Any], params: Any, inputs: Any, repeats: in
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.throughput", description=medium.__doc__)
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[4096, 16384, 32768], help="tokens of a row"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=32768, help="tokens of a step, in as many rows as it takes"
+    )
+    parser.add_argument("--attentions", nargs="+", choices=["dense", "sparse"], default=["dense", "sparse"])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
+    options = parser.parse_args(arguments)
+    config = medium()
+    about = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "parameters": config.param_count(),
+    }
+    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+    rows = []
+    for length in options.lengths:
+        batch = max(options.tokens // length, 1)
+        rows += throughput(
+            config, [length], {"step": STEP}, attentions=options.attentions, batch=batch, repeats=3
+        )
+        for row in rows[-len(options.attentions) :]:
+            name = f"{row['attention']:6} {row['batch']:3} rows of {length:6}"
+            if "out_of_memory" in row:
+                print(f"{name}  out of memory", flush=True)
+                continue
+            gib = (row["argument_bytes"] + row["temporary_bytes"]) / 2**30
+            rates = f"{row['tokens_per_s']:9.0f} tokens/s {row['flops_per_s'] / 1e12:6.1f} TFLOP/s"
+            print(f"{name} {row['seconds']:7.3f} s {rates} {gib:6.1f} GiB", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -95,9 +95,8 @@ def _dots_and_target(q, k, queries, keys, scale):
     """Index dots [B T I X], target p [B T X] (sums to 1, or is 0 without keys), seen [B T X]; X is S or K."""
     if _is_list(queries):
         q_latent, q_rope, lse, indices = queries
-        latent, k_rope = (gather(x, indices) for x in keys)
-        seen = indices >= 0
-        logits = einsum("BTNC,BTKC->BTNK", q_latent, latent) + einsum("BTNR,BTKR->BTNK", q_rope, k_rope)
+        gathered, seen = gather(jnp.concatenate(keys, axis=-1), indices), indices >= 0
+        logits = einsum("BTNX,BTKX->BTNK", jnp.concatenate([q_latent, q_rope], axis=-1), gathered)
         dots = einsum("BTIJ,BTKJ->BTIK", q, gather(k, indices))
     else:
         q_nope, q_rope, lse, key_start, key_stop = queries

@@ -1,4 +1,11 @@
-"""masked_mha with XLA einsums, one block of queries at a time."""
+"""masked_mha with XLA einsums, one block of queries at a time, of few heads of one row where that makes it wider.
+
+A block reads all its keys and, backward, reads and writes their gradients: with few queries a block that would be
+most of the traffic.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.arithmetic import accumulator, einsum, exponentials, probabilities
 from pallas_kernels.blocking import block_size, join_queries, map_query_blocks, split_queries
 from pallas_kernels.keys import visible
+
+WIDE = 512  # queries a block, at which the keys' traffic is a small part of the logits'
 
 
 def forward(
@@ -24,17 +33,20 @@ def forward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """See ``pallas_kernels.masked_mha``."""
 
-    k = _keys(k_nope, k_rope)
+    def some_heads(per_head, per_row):
+        q, k, v = per_head
 
-    def attend(q, key_start, key_stop, *topk_indices):
-        seen = _seen(key_start, key_stop, topk_indices, k.shape[1])
-        p, total, lse = exponentials(_logits(q, k, seen, scale))
-        out = einsum("BNTS,BSNH->BNTH", p.astype(v.dtype), v) / total
-        return jnp.moveaxis(out.astype(q.dtype), 1, 2), jnp.moveaxis(lse, 1, 2)
+        def attend(q, key_start, key_stop, *topk_indices):
+            seen = _seen(key_start, key_stop, topk_indices, k.shape[1])
+            p, total, lse = exponentials(_logits(q, k, seen, scale))
+            out = einsum("BNTS,BSNH->BNTH", p.astype(v.dtype), v) / total
+            return jnp.moveaxis(out.astype(q.dtype), 1, 2), jnp.moveaxis(lse, 1, 2)
+
+        return map_query_blocks(attend, _queries_per_block(q, k), q, *per_row)
 
     q = jnp.concatenate([q_nope, q_rope], axis=-1)
-    queries = _present(q, key_start, key_stop, topk_indices)
-    return map_query_blocks(attend, _queries_per_block(q_nope, k_rope), *queries)
+    per_head = q, _keys(k_nope, k_rope), v
+    return _map_heads(some_heads, per_head, _present(key_start, key_stop, topk_indices))
 
 
 def backward(
@@ -61,33 +73,39 @@ def backward(
 ]:
     """Gradients of (q_nope, q_rope, k_nope, k_rope, v), recomputing the probabilities from ``lse``."""
     sum_dtype = accumulator(q_nope.dtype)
-    k = _keys(k_nope, k_rope)
 
-    def one_block(key_gradients, xs):
-        q, out, lse, d_out, d_lse, key_start, key_stop, *topk_indices = xs
-        seen = _seen(key_start, key_stop, topk_indices, k.shape[1])
-        p = probabilities(_logits(q, k, seen, scale), jnp.moveaxis(lse, 2, 1))
-        delta = (d_out.astype(sum_dtype) * out.astype(sum_dtype)).sum(axis=-1) - d_lse
-        d_p = einsum("BTNH,BSNH->BNTS", d_out, v)
-        d_logits = p * (d_p - jnp.moveaxis(delta, 2, 1)[..., None]) * scale
-        p, d_logits = p.astype(v.dtype), d_logits.astype(v.dtype)
-        d_keys = einsum("BNTS,BTNX->BSNX", d_logits, q), einsum("BNTS,BTNH->BSNH", p, d_out)
-        d_q = einsum("BNTS,BSNX->BTNX", d_logits, k).astype(q.dtype)
-        return jax.tree.map(jnp.add, key_gradients, d_keys), d_q
+    def some_heads(per_head, per_row):
+        q, k, v, out, lse, d_out, d_lse = per_head
 
-    block, P = _queries_per_block(q_nope, k_rope), q_nope.shape[-1]
+        def one_block(key_gradients, xs):
+            q, out, lse, d_out, d_lse, key_start, key_stop, *topk_indices = xs
+            seen = _seen(key_start, key_stop, topk_indices, k.shape[1])
+            p = probabilities(_logits(q, k, seen, scale), jnp.moveaxis(lse, 2, 1))
+            delta = (d_out.astype(sum_dtype) * out.astype(sum_dtype)).sum(axis=-1) - d_lse
+            d_p = einsum("BTNH,BSNH->BNTS", d_out, v)
+            d_logits = p * (d_p - jnp.moveaxis(delta, 2, 1)[..., None]) * scale
+            p, d_logits = p.astype(v.dtype), d_logits.astype(v.dtype)
+            d_keys = einsum("BNTS,BTNX->BSNX", d_logits, q), einsum("BNTS,BTNH->BSNH", p, d_out)
+            d_q = einsum("BNTS,BSNX->BTNX", d_logits, k).astype(q.dtype)
+            return jax.tree.map(jnp.add, key_gradients, d_keys), d_q
+
+        block = _queries_per_block(q, k)
+        queries = (q, out, lse, d_out, d_lse, *per_row)
+        zeros = tuple(jnp.zeros(x.shape, sum_dtype) for x in (k, v))
+        (d_k, d_v), d_q = lax.scan(one_block, zeros, tuple(split_queries(x, block) for x in queries))
+        return join_queries(d_q, q.shape[1]), d_k, d_v.astype(v.dtype)
+
     d_lse = jnp.where(lse == -jnp.inf, 0.0, d_lse)  # a row without keys has no gradient
     q = jnp.concatenate([q_nope, q_rope], axis=-1)
-    queries = _present(q, out, lse, d_out, d_lse, key_start, key_stop, topk_indices)
-    zeros = tuple(jnp.zeros(x.shape, sum_dtype) for x in (k, v))
-    (d_k, d_v), d_q = lax.scan(one_block, zeros, tuple(split_queries(x, block) for x in queries))
-    d_q = join_queries(d_q, q.shape[1])
+    per_head = q, _keys(k_nope, k_rope), v, out, lse, d_out, d_lse
+    d_q, d_k, d_v = _map_heads(some_heads, per_head, _present(key_start, key_stop, topk_indices))
+    P = q_nope.shape[-1]
     return (
         d_q[..., :P],
         d_q[..., P:],
         d_k[..., :P].astype(k_nope.dtype),
         d_k[..., P:].sum(axis=2).astype(k_rope.dtype),
-        d_v.astype(v.dtype),
+        d_v,
     )
 
 
@@ -95,9 +113,36 @@ def _present(*arrays: jax.Array | None) -> tuple[jax.Array, ...]:
     return tuple(array for array in arrays if array is not None)
 
 
-def _queries_per_block(q_nope: jax.Array, k_rope: jax.Array) -> int:
-    B, T, N, _ = q_nope.shape
-    return block_size(T, B * N * k_rope.shape[1] * 3 * 4)  # logits, p and a copy in float32
+def _map_heads(function: Callable[..., Any], per_head: tuple[Array, ...], per_row: tuple[Array, ...]) -> Any:
+    """``function(per_head, per_row)``, of all rows and heads at once, or of some heads of one row after the other.
+
+    per_head: arrays [B . N ...], q and k first; per_row: arrays [B T ...]; results are [B . N ...].
+    """
+    (B, T, N, _), S = per_head[0].shape, per_head[1].shape[1]
+    wide = min(T, WIDE)
+    if _block(T, B * N, S) >= wide or B * N == 1:
+        return function(per_head, per_row)
+    heads = next(n for n in range(N, 0, -1) if N % n == 0 and (_block(T, n, S) >= wide or n == 1))
+
+    def split(x):  # [B . N ...] -> [B N/heads . heads ...]
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, heads, *x.shape[3:]), 2, 1)
+
+    def one_row(row):
+        some, per_row = row
+        per_row = tuple(x[None] for x in per_row)
+        return lax.map(lambda x: jax.tree.map(lambda y: y[0], function([y[None] for y in x], per_row)), some)
+
+    results = lax.map(one_row, (tuple(split(x) for x in per_head), per_row))  # [B N/heads . heads ...]
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2).reshape(B, x.shape[2], N, *x.shape[4:]), results)
+
+
+def _queries_per_block(q: jax.Array, k: jax.Array) -> int:
+    B, T, N, _ = q.shape
+    return _block(T, B * N, k.shape[1])
+
+
+def _block(T: int, rows_and_heads: int, S: int) -> int:
+    return block_size(T, rows_and_heads * S * 3 * 4)  # logits, p and a copy in float32
 
 
 def _seen(key_start, key_stop, topk_indices, S) -> Bool[Array, "B T S"]:

@@ -6,11 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import dispatch, lazy
+from pallas_kernels.dispatch import dispatch, has_kernel, lazy
 from pallas_kernels.sparse_mla import xla
 
 _FORWARD = {"xla": xla.forward, "mosaic_gpu": lazy("pallas_kernels.sparse_mla.mosaic_gpu", "forward")}
 _BACKWARD = {"xla": xla.backward}
+_CHECKS = {"mosaic_gpu": lazy("pallas_kernels.sparse_mla.mosaic_gpu", "check")}
+
+
+def sparse_mla_has_kernel(C: int, R: int, dtype: jnp.dtype, implementation: str | None = None) -> bool:
+    """Whether ``sparse_mla`` with queries of these widths and dtype runs a kernel here, and not XLA."""
+    return has_kernel(_CHECKS, implementation, C, R, dtype)
 
 
 def sparse_mla(

@@ -75,10 +75,7 @@ def forward(
     """
     B, T, N, C = q_latent.shape
     S, R, K = latent.shape[1], q_rope.shape[-1], topk_indices.shape[-1]
-    if (C, R) != (LATENT, ROPE):
-        raise NotImplementedError(f"kv_lora_rank and qk_rope_head_dim must be {(LATENT, ROPE)}, got {(C, R)}")
-    if q_latent.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"the kernel multiplies bfloat16, got {q_latent.dtype}")
+    check(C, R, q_latent.dtype, interpret=interpret)
     if latent_scale is not None and latent_scale.shape[2] != LATENT // SCALE_BLOCK:
         raise NotImplementedError(
             f"the kernel takes one scale for {SCALE_BLOCK} values, got {latent_scale.shape[2]} for {LATENT}"
@@ -87,8 +84,6 @@ def forward(
         raise NotImplementedError(f"the kernel takes no empty arrays, got {(B, T, N, S, K)=}")
     if scale < SMALLEST_SCALE:
         raise NotImplementedError(f"the kernel needs scale >= {SMALLEST_SCALE}, got {scale}")
-    if not interpret:
-        tc.require_hopper()
     n_multiprocessors = 4 if interpret else tc.multiprocessors()
 
     heads = -(-N // HEADS) * HEADS
@@ -105,6 +100,16 @@ def forward(
     )
     out, lse = _merge(out, lse) if n_splits > 1 else (out[0], lse[0])
     return out.reshape(B, T, heads, C)[:, :, :N], lse.reshape(B, T, heads)[:, :, :N]
+
+
+def check(C: int, R: int, dtype: jnp.dtype, interpret: bool = False) -> None:
+    """Raises NotImplementedError if no queries of these widths and dtype can be served here."""
+    if (C, R) != (LATENT, ROPE):
+        raise NotImplementedError(f"kv_lora_rank and qk_rope_head_dim must be {(LATENT, ROPE)}, got {(C, R)}")
+    if dtype != jnp.bfloat16:
+        raise NotImplementedError(f"the kernel multiplies bfloat16, got {dtype}")
+    if not interpret:
+        tc.require_hopper()
 
 
 def _split(tiles: int, pairs: int, n_multiprocessors: int) -> tuple[int, int]:

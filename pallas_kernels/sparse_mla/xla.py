@@ -26,7 +26,8 @@ def forward(
         c, r = gather(latent, topk_indices), gather(k_rope, topk_indices)
         if latent_scale is not None:
             c = _dequantized(c, gather(latent_scale, topk_indices), q_latent.dtype)
-        logits = _logits(q_latent, q_rope, c, r, topk_indices, scale)
+        logits = einsum("BTNC,BTKC->BTNK", q_latent, c) + einsum("BTNR,BTKR->BTNK", q_rope, r)
+        logits = jnp.where((topk_indices >= 0)[:, :, None], logits * scale, -jnp.inf)
         p, total, lse = exponentials(logits)
         out = einsum("BTNK,BTKC->BTNC", p.astype(c.dtype), c) / total
         return out.astype(q_latent.dtype), lse
@@ -52,45 +53,38 @@ def backward(
 
     dlogits = p * (dout . c - dout . out + dlse): the softmax's Jacobian plus the log-sum-exp's.
     """
-    sum_dtype = accumulator(q_latent.dtype)
-
-    def one_block(key_gradients, xs):
-        q_latent, q_rope, topk_indices, out, lse, d_out, d_lse = xs
-        c, r = gather(latent, topk_indices), gather(k_rope, topk_indices)
-        logits = _logits(q_latent, q_rope, c, r, topk_indices, scale)
-        p = probabilities(logits, lse)
-        delta = (d_out.astype(sum_dtype) * out.astype(sum_dtype)).sum(axis=-1) - d_lse
-        d_logits = p * (einsum("BTNC,BTKC->BTNK", d_out, c) - delta[..., None]) * scale
-        p, d_logits = p.astype(c.dtype), d_logits.astype(c.dtype)
-
-        d_q_latent = einsum("BTNK,BTKC->BTNC", d_logits, c)
-        d_q_rope = einsum("BTNK,BTKR->BTNR", d_logits, r)
-        d_c = einsum("BTNK,BTNC->BTKC", d_logits, q_latent) + einsum("BTNK,BTNC->BTKC", p, d_out)
-        d_r = einsum("BTNK,BTNR->BTKR", d_logits, q_rope)
-        key_gradients = jax.tree.map(
-            lambda total, d: scatter_add(total, topk_indices, d), key_gradients, (d_c, d_r)
-        )
-        return key_gradients, (d_q_latent.astype(q_latent.dtype), d_q_rope.astype(q_rope.dtype))
-
-    T = q_latent.shape[1]
-    block = _queries_per_block(q_latent, q_rope, topk_indices)
+    T, C, sum_dtype = q_latent.shape[1], q_latent.shape[-1], accumulator(q_latent.dtype)
+    keys = jnp.concatenate([latent, k_rope], axis=-1)
+    # Queries above, gradients of the outputs below, of one width: a block gathers its keys once, and each of
+    # them takes one product for logits and d_p, one for its gradient and one scattered addition.
+    q = jnp.concatenate([q_latent, q_rope], axis=-1)
+    d_wide = jnp.pad(d_out, ((0, 0), (0, 0), (0, 0), (0, q_rope.shape[-1])))
+    rows = jnp.concatenate([q, d_wide], axis=2)
     d_lse = jnp.where(lse == -jnp.inf, 0.0, d_lse)  # a row without keys has no gradient
-    queries = (q_latent, q_rope, topk_indices, out, lse, d_out, d_lse)
-    zeros = (jnp.zeros(latent.shape, sum_dtype), jnp.zeros(k_rope.shape, sum_dtype))
-    (d_latent, d_k_rope), blocks = lax.scan(one_block, zeros, tuple(split_queries(x, block) for x in queries))
-    d_q_latent, d_q_rope = (join_queries(x, T) for x in blocks)
-    return d_q_latent, d_q_rope, d_latent.astype(latent.dtype), d_k_rope.astype(k_rope.dtype)
+    delta = (d_out.astype(sum_dtype) * out.astype(sum_dtype)).sum(axis=-1) - d_lse
+
+    def one_block(d_keys, xs):
+        rows, topk_indices, lse, delta = xs
+        gathered = gather(keys, topk_indices)
+        logits, d_p = jnp.split(einsum("BTMX,BTKX->BTMK", rows, gathered), 2, axis=2)
+        p = probabilities(jnp.where((topk_indices >= 0)[:, :, None], logits * scale, -jnp.inf), lse)
+        d_logits = (p * (d_p - delta[..., None]) * scale).astype(keys.dtype)
+        d_q = einsum("BTNK,BTKX->BTNX", d_logits, gathered)
+        weights = jnp.concatenate([d_logits, p.astype(keys.dtype)], axis=2)
+        d_gathered = einsum("BTMK,BTMX->BTKX", weights, rows)
+        return scatter_add(d_keys, topk_indices, d_gathered), d_q.astype(q.dtype)
+
+    block = _queries_per_block(q_latent, q_rope, topk_indices)
+    xs = tuple(split_queries(x, block) for x in (rows, topk_indices, lse, delta))
+    d_keys, d_q = lax.scan(one_block, jnp.zeros(keys.shape, sum_dtype), xs)
+    d_q, d_keys = join_queries(d_q, T), d_keys.astype(keys.dtype)
+    return d_q[..., :C], d_q[..., C:], d_keys[..., :C], d_keys[..., C:]
 
 
 def _queries_per_block(q_latent: jax.Array, q_rope: jax.Array, topk_indices: jax.Array) -> int:
     B, T, N, C = q_latent.shape
     per_key = (C + q_rope.shape[-1]) * q_latent.dtype.itemsize + 3 * N * 4  # gathered rows; logits, p, a copy
     return block_size(T, B * topk_indices.shape[-1] * per_key)
-
-
-def _logits(q_latent, q_rope, c, r, topk_indices, scale):
-    logits = einsum("BTNC,BTKC->BTNK", q_latent, c) + einsum("BTNR,BTKR->BTNK", q_rope, r)
-    return jnp.where((topk_indices >= 0)[:, :, None, :], logits * scale, -jnp.inf)
 
 
 def _dequantized(values, scales, dtype):

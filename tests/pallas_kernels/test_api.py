@@ -111,3 +111,32 @@ def test_workspace_does_not_grow_with_the_number_of_queries(T):
             memory.argument_size_in_bytes + memory.output_size_in_bytes
         )  # splitting into blocks may copy these
         assert memory.temp_size_in_bytes - moved < 3 * blocking.WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize("with_topk", [True, False])
+@pytest.mark.parametrize("workspace", [2**13, 2**9])
+def test_masked_mha_is_the_same_in_a_small_workspace(monkeypatch, with_topk, workspace):
+    """All rows and heads at once, two heads of a row with all queries, and one head with few queries."""
+    B, T, S, N = 2, 6, 24, 4
+    q_nope, q_rope, k_nope, k_rope, v, d_out, d_lse = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate(
+            [(B, T, N, 8), (B, T, N, 4), (B, S, N, 8), (B, S, 4), (B, S, N, 5), (B, T, N, 5), (B, T, N)]
+        )
+    )
+    stop = jnp.asarray([[0, 1, 5, 12, 23, 24], [24, 9, 0, 3, 3, 20]])
+    start = jnp.minimum(jnp.asarray([[0, 0, 2, 0, 20, 0], [1, 0, 0, 2, 3, 11]]), stop)
+    topk = jnp.where(jnp.arange(7) < 6, jnp.arange(7) * 3 + jnp.arange(T)[:, None] % 3, -1)
+    topk = jnp.broadcast_to(topk, (B, T, 7)).astype(jnp.int32) if with_topk else None
+
+    def results():
+        attend = lambda *x: pk.masked_mha(*x, start, stop, topk, scale=0.3, implementation="xla")  # noqa: E731
+        out, pullback = jax.vjp(attend, q_nope, q_rope, k_nope, k_rope, v)
+        return out, pullback((d_out, jnp.where(jnp.isfinite(out[1]), d_lse, 0.0)))
+
+    whole = results()
+    monkeypatch.setattr(blocking, "WORKSPACE_BYTES", workspace)
+    jax.clear_caches()
+    for ours, expected in zip(jax.tree.leaves(results()), jax.tree.leaves(whole), strict=True):
+        assert ours.shape == expected.shape
+        assert jnp.allclose(ours, expected, rtol=1e-5, atol=1e-6)

@@ -179,14 +179,15 @@ def test_every_e4m3_value_is_converted_exactly():
     values = np.arange(256, dtype=np.uint8)
     values[np.isnan(values.view(ml_dtypes.float8_e4m3fn).astype(np.float32))] = 0
     rows = np.stack([np.roll(np.tile(values, 2), s) for s in range(256)]).view(ml_dtypes.float8_e4m3fn)
-    scales = jnp.exp2(jnp.asarray(np.random.default_rng(0).integers(-20, 20, (1, 256, 4)), jnp.float32))
+    # ldexp: XLA's exp2 is exp(x log 2), whose results need not be powers of two.
+    scales = np.ldexp(np.float32(1), np.random.default_rng(0).integers(-20, 20, (1, 256, 4)))
     indices = jnp.arange(256, dtype=jnp.int32)[:, None, None]  # one key per query: out is its latent
     queries = [jnp.broadcast_to(q, (1, 256, *q.shape[2:])) for q in (q_latent * 0, q_rope * 0)]
     out, _ = pk.sparse_mla(
         *queries, jnp.asarray(rows)[None], k_rope, indices[:, 0][None],
-        latent_scale=scales, scale=SCALE, implementation="mosaic_gpu",
+        latent_scale=jnp.asarray(scales), scale=SCALE, implementation="mosaic_gpu",
     )  # fmt: skip
-    expected = rows.astype(np.float32) * np.repeat(np.asarray(scales)[0], 128, axis=-1)
+    expected = rows.astype(np.float32) * np.repeat(scales[0], 128, axis=-1)
     np.testing.assert_array_equal(
         np.asarray(out, np.float32), np.broadcast_to(expected[:, None], out[0].shape)[None]
     )

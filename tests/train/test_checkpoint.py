@@ -1,6 +1,7 @@
 """Checkpoints: exact, few, readable whatever happened to the newest, and only for the run that wrote them."""
 
 import dataclasses
+import gc
 import logging
 import shutil
 
@@ -15,6 +16,13 @@ from train.step import begin_stage
 
 # Orbax reads all arrays at once and drops the other reads when one fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def dropped_reads_do_not_reach_the_next_file():
+    yield
+    gc.collect()
+
 
 RUN = small_run()  # stages of 20, 15 and 15 steps
 
@@ -191,7 +199,7 @@ CONTRADICTIONS = [
         r"stages\[0\].lr: then 0.003, now 0.5",
     ),
     ({"stages": RUN.stages[:2]}, r"stages\[2\]: then {.*}, now None"),
-    ({"data": (dataclasses.replace(RUN.data[0], weight=0.5),)}, "data: then .*1.0.*, now .*0.5"),
+    ({"data": (dataclasses.replace(RUN.data[0], weight=0.5),)}, r"data\[0\].weight: then 1.0, now 0.5"),
 ]
 
 
