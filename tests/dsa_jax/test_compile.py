@@ -16,6 +16,7 @@ from dsa_jax.rope import rotation
 from dsa_jax.transformer import Transformer
 
 CHIPS = {"v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
+ALWAYS = {("v5p", "mqa"), ("tpu7x", "mha")}  # the other two take `make test-all`
 
 
 @functools.cache
@@ -39,8 +40,14 @@ def abstract_model(config, T):
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("form", ["mha", "mqa"])
+@pytest.mark.parametrize(
+    ("chip", "form"),
+    [
+        pytest.param(chip, form, marks=() if (chip, form) in ALWAYS else pytest.mark.nightly)
+        for chip in CHIPS
+        for form in ("mha", "mqa")
+    ],
+)
 def test_forward_decode_and_gradient_compile_for_tpu(chip, form):
     config = tiny(attention_form=form, index_fp8=True, kv_fp8=True)
     model, params, tokens = abstract_model(config, 128)
@@ -82,7 +89,8 @@ def test_sparse_attention_of_32768_tokens_stays_below_4_gib():
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("chip", ["tpu7x"])  # v5p compiles too; each takes half a minute
+@pytest.mark.nightly
+@pytest.mark.parametrize("chip", CHIPS)
 def test_one_layer_of_the_released_model_compiles_for_tpu(chip):
     """A whole MoE layer at V3.2's sizes, 4096 tokens, so that the indexer selects 2048 of 4096 keys."""
     config = dataclasses.replace(
