@@ -165,7 +165,9 @@ def select(
     with_scores: bool = False,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T S"] | None]:
     """The indexer's choice for each query, and the index scores if they are wanted."""
-    in_fp8 = config.index_fp8 and config.index_head_dim == BLOCK and x.shape[1] >= FP8_QUERIES
+    # In float32 the FP8 values are multiplied as float32: tensor cores add FP8 products in fewer bits.
+    in_fp8 = config.index_fp8 and index_k.dtype == jnp.bfloat16
+    in_fp8 = in_fp8 and config.index_head_dim == BLOCK and x.shape[1] >= FP8_QUERIES
     k, k_scale = in_fp8_with_scale(index_k) if in_fp8 else (index_k, None)
 
     def one_block(x, q_compressed, cos, sin, key_start, key_stop):

@@ -65,10 +65,11 @@ def rotate_hadamard(x: Float[Array, "*rows X"]) -> Float[Array, "*rows X"]:
     Orthogonal: it changes no dot product, only spreads outliers before quantisation. Needed on queries and
     keys together or on neither.
     """
-    signs = jnp.asarray(_hadamard(x.shape[-1]), x.dtype)
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # products with signs are exact
-    sums = jnp.matmul(x, signs, precision=precision, preferred_element_type=jnp.float32)
-    return (sums * x.shape[-1] ** -0.5).astype(x.dtype)
+    if x.dtype == jnp.bfloat16:  # signs are exact in it, and so are the products
+        sums = jnp.matmul(x, _hadamard(x.shape[-1]).astype(x.dtype), preferred_element_type=jnp.float32)
+        return (sums * x.shape[-1] ** -0.5).astype(x.dtype)
+    matrix = _hadamard(x.shape[-1]) * np.float32(x.shape[-1] ** -0.5)
+    return jnp.matmul(x.astype(jnp.float32), matrix, precision=lax.Precision.HIGHEST).astype(x.dtype)
 
 
 def _hadamard(size: int) -> np.ndarray:

@@ -79,3 +79,9 @@ def test_hadamard_is_sylvesters_and_orthogonal():
     rotated = rotate_hadamard(jnp.asarray(x))
     np.testing.assert_allclose(rotated, x @ scipy.linalg.hadamard(128) * 128**-0.5, atol=1e-5)
     np.testing.assert_allclose(rotate_hadamard(rotated), x, atol=1e-5)
+
+
+def test_hadamard_in_bfloat16_is_rounded_once():
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((7, 128)), jnp.bfloat16)
+    exact = np.asarray(x, np.float64) @ scipy.linalg.hadamard(128) * 128**-0.5
+    np.testing.assert_allclose(np.asarray(rotate_hadamard(x), np.float64), exact, rtol=2**-8, atol=1e-6)
