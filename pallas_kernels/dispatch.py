@@ -60,7 +60,7 @@ def dispatch(
 def has_kernel(checks: Mapping[str, Callable[..., Any]], implementation: str | None, *args: Any) -> bool:
     """Whether a kernel would run, by its check (name -> function), which raises NotImplementedError if it cannot."""
     name = PREFERRED.get(jax.default_backend()) if implementation is None else implementation
-    if name not in checks:
+    if name is None or name not in checks:
         return False
     try:
         checks[name](*args)

@@ -5,6 +5,10 @@ Examples:
     python -m train nano_cpu
     python -m train nano --folder runs/short --run.stages.0.steps 100 --run.batch 8
     python -m train nano --init-from CHECKPOINT --lora-rank 16
+    python -m train nano --mesh.expert 2 --mesh.tensor 2       # data takes the devices that are left
+    srun python -m train nano --distributed --mesh.expert 2    # on every host; TPU pods the same, without srun
+
+With several hosts: --distributed, or --coordinator, --num-processes and --process-id; docs/scaling.md, "Several hosts".
 """
 
 import dataclasses
@@ -13,13 +17,14 @@ import os
 import sys
 from pathlib import Path
 
-from train.config import Lora, Run
+from train.config import Lora, MeshSpec, Run, to_json
+from train.distributed import Hosts, connected, exit_code
 from train.runs import RUNS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """A named run, what it starts from and where it goes."""
+class Options(Hosts):
+    """A named run, what it starts from, where it goes and on what."""
 
     run: Run
     """Every field of the run can be changed: --run.batch 8, --run.stages.0.steps 100, --run.model.index-topk 64."""
@@ -29,6 +34,8 @@ class Options:
     """Start from this checkpoint (a Hugging Face or Orbax folder); the model's sizes are then its own."""
     lora_rank: int | None = None
     """Train adapters of this rank (alpha is twice the rank) instead of the weights themselves."""
+    mesh: MeshSpec = MeshSpec()
+    """How many ways to split the work over all devices. Without any of these: as the run says, else one device."""
     traceback: bool = False
     """On bad input, show where the error arose."""
 
@@ -36,11 +43,14 @@ class Options:
         """``run`` with what the other options say about it."""
         rank = self.lora_rank
         lora = self.run.lora if rank is None else Lora(rank=rank, alpha=2.0 * rank)
-        return dataclasses.replace(self.run, init_from=self.init_from or self.run.init_from, lora=lora)
+        mesh = self.run.mesh if self.mesh == MeshSpec() else self.mesh
+        return dataclasses.replace(
+            self.run, init_from=self.init_from or self.run.init_from, lora=lora, mesh=mesh
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done; 1 the training stopped (a loss that is not finite); 2 bad input."""
+    """Exit codes: 0 done; 1 the training stopped (a loss that is not finite, a lost process, SIGTERM); 2 bad input."""
     import tyro
 
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -52,17 +62,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     name = arguments[0]
     show = options.traceback or os.environ.get("DSA_JAX_TRACEBACK")
-    from train.workflow import from_checkpoint, train
+    from train.workflow import Stopped, from_checkpoint, train
 
     try:
-        train(from_checkpoint(options.changed_run()), options.folder or Path("runs") / name)
-    except (ValueError, NotImplementedError, FloatingPointError, OSError) as error:
+        run = from_checkpoint(options.changed_run())
+        with connected(options, to_json(run)):
+            train(run, options.folder or Path("runs") / name)
+    except (ValueError, NotImplementedError, FloatingPointError, OSError, Stopped) as error:
         if show:
             raise
         print(f"python -m train: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 1 if isinstance(error, FloatingPointError | Stopped) else 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main()))

@@ -1,7 +1,9 @@
 """Checkpoints of a run: parameters, optimizer, data position and the run's own description, through Orbax.
 
 Orbax writes in the background and makes a step visible only when it is complete, so a killed process leaves
-the previous one. A step that cannot be read is set aside and the one before it is taken.
+the previous one. A step that cannot be read is set aside and the one before it is taken. With several processes all
+call the same methods at the same time, each writes and reads the parts that it holds, and the folder is one that all
+of them see.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from train.config import Run, contradictions, to_json
+from train.layout import Layout
 from train.step import TrainState, begin_stage
 
 _logger = logging.getLogger(__name__)
@@ -59,15 +62,17 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def restore(self, run: Run, params: Any) -> Restored | None:
+    def restore(self, run: Run, params: Any, layout: Layout | None = None) -> Restored | None:
         """The newest readable step, or None if there is none.
 
         params: arrays or ``jax.ShapeDtypeStruct`` of the run's parameters (with adapters, if it has any).
+        layout: where to put the arrays, which need not be where they were written from; None: on one device.
 
         Raises:
           ValueError: the checkpoint belongs to a run that contradicts this one, or there are steps and none of
-            them can be read; then they stay as they are.
+            them can be read; then they stay as they are. With several processes: the newest cannot be read.
         """
+        layout = layout or Layout(dataclasses.replace(run, mesh=None))
         faults: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
@@ -75,7 +80,7 @@ class Checkpoints:
                     "run"
                 ]
             except UNREADABLE as error:
-                faults[step] = _first_line(error)
+                faults[step] = self._fault(step, error)
                 continue
             if differences := contradictions(stored, run):
                 raise ValueError(
@@ -83,9 +88,9 @@ class Checkpoints:
                     "choose another folder or undo: " + "; ".join(differences)
                 )
             try:
-                restored = self._read(step, run, params)
+                restored = self._read(step, run, params, layout)
             except UNREADABLE as error:
-                faults[step] = _first_line(error)
+                faults[step] = self._fault(step, error)
                 continue
             self._set_aside(faults)
             return restored
@@ -96,9 +101,21 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, run: Run, params: Any) -> Restored:
+    def _fault(self, step: int, error: Exception) -> str:
+        """Why the step cannot be read; with several processes that ends the run, since the others may have read it."""
+        if jax.process_count() == 1:
+            return _first_line(error)
+        if isinstance(error, jax.errors.JaxRuntimeError):  # not the step is at fault: a process was lost
+            raise error
+        raise ValueError(
+            f"the checkpoint of step {step} in {self.path} cannot be read; move it away to go on after the one "
+            f"before ({_first_line(error)})"
+        ) from error
+
+    def _read(self, step: int, run: Run, params: Any, layout: Layout) -> Restored:
         stage = run.stages[run.stage_at(step)[0]]
         shapes = jax.eval_shape(lambda params: begin_stage(jnp.int32(step), params, stage), params)
+        shapes = layout.placed(shapes)
         leaves, tree = jax.tree.flatten(shapes.opt_state)
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(shapes.params),
@@ -108,7 +125,7 @@ class Checkpoints:
         with _tensorstores_own_errors():
             found = self._manager.restore(step, args=items)
         opt_state = jax.tree.unflatten(tree, [found["opt_state"][str(i)] for i in range(len(leaves))])
-        state = TrainState(step=jnp.int32(step), params=found["params"], opt_state=opt_state)
+        state = TrainState(step=layout.number(step), params=found["params"], opt_state=opt_state)
         return Restored(state, found["data"])
 
     def _set_aside(self, faults: dict[int, str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,10 +109,21 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshSpec:
+    """How many ways each axis of ``dsa_jax.sharding`` splits the work; data takes the devices that are left."""
+
+    data: int | None = None
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """A whole training run: stages in order, from one set of parameters to the next.
 
-    batch, seq_len: rows and tokens a row of one step. init_from: folder of a checkpoint (Hugging Face or
+    batch, seq_len: rows and tokens a row of one step, on all devices together. mesh: None is one device, or, with
+    several processes, data over all of them. init_from: folder of a checkpoint (Hugging Face or
     Orbax) to start from; its sizes must be those of ``model``. checkpoint_every, log_every: in steps;
     keep: how many checkpoints stay. eval_batches: validation batches at every stage boundary.
     """
@@ -123,6 +136,7 @@ class Run:
     seed: int = 0
     init_from: str | None = None
     lora: Lora | None = None
+    mesh: MeshSpec | None = None
     checkpoint_every: int = 500
     keep: int = 2
     log_every: int = 10
@@ -159,7 +173,7 @@ class Run:
 
 
 # What may change between the beginning of a run and its continuation.
-MAY_CHANGE = frozenset({"checkpoint_every", "keep", "log_every", "eval_batches"})
+MAY_CHANGE = frozenset({"mesh", "checkpoint_every", "keep", "log_every", "eval_batches"})
 
 
 def to_json(run: Run) -> dict[str, Any]:
@@ -184,6 +198,7 @@ def from_json(values: dict[str, Any]) -> Run:
             "stages": tuple(Stage(**stage) for stage in values["stages"]),
             "data": tuple(sources),
             "lora": values["lora"] and Lora(**values["lora"]),
+            "mesh": values.get("mesh") and MeshSpec(**values["mesh"]),
         }
     )
 
@@ -194,19 +209,18 @@ def contradictions(stored: dict[str, Any], run: Run) -> list[str]:
     Stages that come after all the stored ones are no contradiction.
     """
     now = to_json(run)
-    found = []
+    now["stages"] = now["stages"][: len(stored["stages"])]
+    found = differences(stored, now)
+    return [f"{name}: then {x!r}, now {y!r}" for name, x, y in found if name.split(".")[0] not in MAY_CHANGE]
 
-    def compare(name: str, old: Any, new: Any) -> None:
-        if isinstance(old, dict) and isinstance(new, dict):
-            for key in dict.fromkeys([*old, *new]):
-                compare(f"{name}.{key}" if name else key, old.get(key), new.get(key))
-        elif old != new:
-            found.append(f"{name}: then {old!r}, now {new!r}")
 
-    for key in dict.fromkeys([*stored, *now]):
-        if key == "stages":
-            for index, old in enumerate(stored[key]):
-                compare(f"stages[{index}]", old, now[key][index] if index < len(now[key]) else None)
-        elif key not in MAY_CHANGE:
-            compare(key, stored.get(key), now.get(key))
-    return found
+def differences(x: Any, y: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """("stages[0].lr", value in x, value in y) of all fields in which two runs in JSON differ."""
+    if isinstance(x, dict) and isinstance(y, dict):
+        for key in dict.fromkeys([*x, *y]):
+            yield from differences(x.get(key), y.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(x, list) and isinstance(y, list) and all(isinstance(part, dict) for part in x + y):
+        for index, parts in enumerate(itertools.zip_longest(x, y)):
+            yield from differences(*parts, f"{name}[{index}]")
+    elif x != y:
+        yield name, x, y

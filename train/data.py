@@ -137,46 +137,61 @@ def batches(
     seed: int,
     *,
     shuffle: bool = True,
-    shard: tuple[int, int] = (0, 1),
+    rows: Sequence[int] | None = None,
     epochs: int | None = None,
     start: dict[str, Any] | None = None,
 ) -> BatchIterator:
     """Iterates over batches of rows through grain; read ahead by threads, the order fixed by the arguments.
 
     batch: rows of the global batch, B. seed: of the shuffling, new in every epoch.
-    shard: (index, count) of this process, which gets B / count rows, number index, index + count, ... of every
-    global batch: the shards together have the rows that one process alone would have.
+    rows: which rows of every global batch to read and return, the same for all batches; None = all. Processes that
+    share out the rows 0 ... B - 1 have together what one process alone would have.
     epochs: passes over the source, after which the iterator ends, short of a last incomplete batch; None = no end.
-    start: a state from `get_state`, of any shard of the same source, batch, seed and shuffle, to continue from.
+    start: a state from `get_state`, with any rows of the same source, batch, seed and shuffle, to continue from.
 
     Raises ValueError on sizes that do not fit, ImportError where grain is not installed.
     """
-    index, count = shard
-    if not 0 <= index < count:
-        raise ValueError(f"shard must be (index, count) with 0 <= index < count, got {shard}")
-    if batch < 1 or batch % count:
-        raise ValueError(f"batch must be a positive multiple of the {count} shards, got {batch}")
+    if batch < 1:
+        raise ValueError(f"batch must be positive, got {batch}")
+    rows = range(batch) if rows is None else rows
+    if not rows or not 0 <= min(rows) <= max(rows) < batch:
+        raise ValueError(f"rows must be some of 0 ... {batch - 1}, got {list(rows)}")
     row_length(source)  # refuses an empty source, which would repeat without end
     try:
         import grain
     except ImportError as error:
         raise ImportError("train.data.batches reads through grain: pip install grain") from error
 
-    def rows(part: RowSource | Mixture) -> Any:
+    def stream_of(part: RowSource | Mixture) -> Any:
         if isinstance(part, Mixture):
-            return grain.MapDataset.mix([rows(inner) for inner in part.sources], list(part.weights))
+            return grain.MapDataset.mix([stream_of(inner) for inner in part.sources], list(part.weights))
         dataset = grain.MapDataset.source(part).seed(seed)
         return (dataset.shuffle() if shuffle else dataset).repeat(epochs)
 
-    stream = rows(source)
+    stream = stream_of(source)
     if len(stream) < batch:
         raise ValueError(
             f"{epochs} epochs must fill at least one batch of {batch} rows, got {len(stream)} rows"
         )
-    stream = stream[: len(stream) // batch * batch]
-    stream = stream.slice(slice(index, None, count)).batch(batch // count)
+    dataset = grain.MapDataset.source(_Batches(stream, batch, rows))
     # grain's default keeps 500 elements ready; an element here is a whole batch.
-    iterator = iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
     if start is not None:
         iterator.set_state(start)
     return iterator
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Some rows of every whole batch of a stream."""
+
+    stream: Any
+    batch: int
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.stream) // self.batch
+
+    def __getitem__(self, index: int) -> Batch:
+        found = [self.stream[index * self.batch + row] for row in self.rows]
+        return {name: np.stack([row[name] for row in found]) for name in found[0]}

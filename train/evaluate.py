@@ -1,8 +1,8 @@
 """What a trained model is worth: cross entropy, accuracy on answers, and how well each indexer knows its attention.
 
 ``params`` is what ``Transformer(config).init`` returns, a batch is a dict of ``tokens``, ``targets`` (-1 = no
-target) and ``segment_ids`` (0 = padding), each [B T] int32. Everything runs on the default device, compiled once
-per shape and configuration.
+target) and ``segment_ids`` (0 = padding), each [B T] int32. Everything runs on the default device or on the mesh in
+use, compiled once per shape and configuration.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import logsumexp, xlogy
+from jax.scipy.special import xlogy
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
@@ -24,10 +24,12 @@ from dsa_jax.linear import linear
 from dsa_jax.mla import Mla, compress, expand, queries
 from dsa_jax.norm import rms_norm
 from dsa_jax.rope import Rotation, rotation
+from dsa_jax.sharding import constrain, local, lookup
 from dsa_jax.transformer import Transformer
 from pallas_kernels.arithmetic import einsum, exponentials
 from pallas_kernels.blocking import block_size, map_query_blocks
 from pallas_kernels.keys import visible
+from train.loss import final_hidden, predictions
 from train.synthetic import Needles
 
 Batch = Mapping[str, Any]
@@ -74,11 +76,10 @@ def cross_entropy(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _score_sums(params, config, tokens, targets, segment_ids):
-    logits, _, _ = Transformer(config).apply(params, tokens, segment_ids=segment_ids)
-    counted = targets >= 0
-    chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    nats = jnp.where(counted, logsumexp(logits, axis=-1) - chosen, 0.0)
-    return nats.sum(), ((logits.argmax(axis=-1) == targets) & counted).sum(), counted.sum()
+    _, _, aux = Transformer(config).apply(params, tokens, segment_ids=segment_ids)
+    tree = params["params"]
+    nats, right = predictions(final_hidden(aux, tree, config), tree["head"], targets)
+    return nats.sum(), right.sum(), (targets >= 0).sum()
 
 
 def _inference(config: ModelConfig, attention: str | None) -> ModelConfig:
@@ -166,7 +167,7 @@ def _quality(params, config, tokens, segment_ids):
 
     stacks = [tree[name] for name in ("dense_layers", "moe_layers") if name in tree]
     layers = [{name: stack[name] for name in ("attn", "attn_norm")} for stack in stacks]
-    embedded = tree["embed"][tokens].astype(config.dtype)
+    embedded = lookup(tree["embed"], tokens, config.dtype)
     inputs = jnp.concatenate([embedded[None], aux["out"][:-1]])
 
     def one_layer(layer):
@@ -175,10 +176,10 @@ def _quality(params, config, tokens, segment_ids):
 
     means = jax.lax.map(one_layer, (inputs, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *layers)))
     if not config.n_mtp_layers:
-        return means
+        return {name: constrain(mean, None) for name, mean in means.items()}
     x, has_next = _mtp_input(tree, config, aux["hidden"], tokens, segment_ids)
     mtp = _layer_quality(x, rope, placement, has_next, tree["mtp"]["layer"], config)
-    return {name: jnp.append(means[name], mtp[name]) for name in means}
+    return {name: constrain(jnp.append(means[name], mtp[name]), None) for name in means}
 
 
 def _mtp_input(tree, config, hidden, tokens, segment_ids):
@@ -186,7 +187,8 @@ def _mtp_input(tree, config, hidden, tokens, segment_ids):
     mtp = tree["mtp"]
     next_tokens, next_ids = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, segment_ids))
     owner = tree if config.mtp_shared_embeddings else mtp
-    embedded = rms_norm(owner["embed"][next_tokens].astype(config.dtype), mtp["embed_norm"], config.norm_eps)
+    embedded = lookup(owner["embed"], next_tokens, config.dtype)
+    embedded = rms_norm(embedded, mtp["embed_norm"], config.norm_eps)
     hidden = rms_norm(hidden, mtp["hidden_norm"], config.norm_eps)
     x = linear(jnp.concatenate([embedded, hidden], axis=-1), mtp["proj"])
     return x, (next_ids == segment_ids) & (segment_ids != 0)
@@ -202,9 +204,22 @@ def _layer_quality(
 ) -> dict[str, jax.Array]:
     """The means of one layer with input x; ``parameters`` holds attn and attn_norm."""
     attn = Mla(config).apply({"params": parameters["attn"]})  # by the names that its functions read
-    K, S = config.index_topk, x.shape[1]
     h = rms_norm(x, parameters["attn_norm"], config.norm_eps)
-    q_compressed, (latent, k_rope, index_k) = compress(h, rope, attn, config)
+    q_compressed, keys = compress(h, rope, attn, config)
+    per_query, per_key = ("batch", "queries", None), ("batch", None, None)
+    of_queries = local(
+        functools.partial(_of_queries, config=config),
+        in_axes=(per_query, per_query, per_query, per_query[:2], per_key, ()),
+        out_axes=per_query[:2],
+    )
+    bounds = placement.key_start, placement.key_stop
+    return _means(of_queries(h, q_compressed, rope, bounds, keys, attn), placement, counted, config)
+
+
+def _of_queries(h, q_compressed, rope, bounds, keys, attn, config):
+    """Of every query [B T] what it makes of all keys of its row, dense and through the indexer."""
+    latent, k_rope, index_k = keys
+    K, S = config.index_topk, latent.shape[1]
     k_nope, _ = expand(latent, attn, config)
 
     def one_block(h, q_compressed, cos, sin, key_start, key_stop):
@@ -235,11 +250,17 @@ def _layer_quality(
             "overlap": jnp.take_along_axis(_listed(chosen, S), oracle, axis=-1).sum(axis=-1) / K,
         }
 
-    B, T, N, I = *x.shape[:2], config.n_heads, config.index_n_heads
-    block = block_size(T, 4 * B * S * (3 * N + I + 8))  # logits, exp and p of the heads; dots; what follows
-    per_query = map_query_blocks(
-        one_block, block, h, q_compressed, *rope, placement.key_start, placement.key_stop
-    )
+    B, T = h.shape[:2]
+    numbers = 3 * config.n_heads + config.index_n_heads + 8  # logits, exp, p of the heads; dots; what follows
+    block = block_size(T, 4 * B * S * numbers)
+    return map_query_blocks(one_block, block, h, q_compressed, *rope, *bounds)
+
+
+def _means(
+    per_query: dict[str, jax.Array], placement: Placement, counted: Array, config: ModelConfig
+) -> dict[str, jax.Array]:
+    """Means over the queries that are counted and see more than K keys."""
+    K = config.index_topk
     n_keys = (placement.key_stop - placement.key_start).astype(jnp.float32)
     counted &= n_keys > K
     entropy = per_query["entropy"]

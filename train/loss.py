@@ -5,13 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax.config import ModelConfig
+from dsa_jax.mla import for_training
 from dsa_jax.norm import rms_norm
+from dsa_jax.sharding import gathered_matrix, local
 from dsa_jax.transformer import Transformer
 from pallas_kernels.arithmetic import einsum
-from pallas_kernels.blocking import block_size, split_queries
+from pallas_kernels.blocking import block_size, map_query_blocks
 from train.config import Stage
 
 Batch = dict[str, jax.Array]
@@ -21,26 +23,47 @@ Metrics = dict[str, jax.Array]
 def cross_entropy(
     hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"]
 ) -> Float[Array, ""]:
-    """Sum over the targets (-1 = none) of -log softmax(hidden head)[target], in nats.
+    """Sum over the targets (-1 = none) of -log softmax(hidden head)[target], in nats."""
+    return predictions(hidden, head, targets)[0].sum()
 
-    Blocked over tokens, in the backward pass too: logits of all tokens (63 GiB for 128K tokens of V3.2's
-    129,280 words) never exist.
+
+def predictions(
+    hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Of every target -log softmax(hidden head)[target] in nats, and whether no other word is likelier.
+
+    0 and False where there is none (-1). Blocked over tokens, in the backward pass too: logits of all tokens (63 GiB
+    for 128K tokens of V3.2's 129,280 words) never exist. On a mesh every device has its own tokens and
+    its own part of the words, and what a token's parts have to say to each other is three numbers each.
     """
+    tokens, words = ("batch", "sequence"), ("vocab",)
+    of_parts = local(
+        _blocks_of_words,
+        in_axes=((*tokens, None), (None, *words), words, tokens),
+        out_axes=(*tokens, *words),
+    )
+    head = gathered_matrix("head", head)
+    lse, highest, chosen = of_parts(hidden, head, jnp.arange(head.shape[1], dtype=jnp.int32), targets)
+    chosen, counted = chosen.sum(axis=-1), targets >= 0
+    nats = jnp.where(counted, jax.nn.logsumexp(lse, axis=-1) - chosen, 0.0)
+    return nats, counted & (chosen >= highest.max(axis=-1))
+
+
+def _blocks_of_words(hidden, head, words, targets):
+    """Each [B T 1]: log-sum-exp and maximum of a token's logits over these words, and the target's logit or 0."""
 
     @jax.checkpoint
-    def one_block(total, xs):
-        hidden, targets = xs
+    def one_block(hidden, targets):
         logits = einsum("BTD,DV->BTV", hidden, head.astype(hidden.dtype))
-        chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-        return total + jnp.where(targets >= 0, nll, 0.0).sum(), None
+        place = targets - words[0]
+        here = (targets >= 0) & (place >= 0) & (place < words.shape[0])
+        at = jnp.clip(place, 0, words.shape[0] - 1)[..., None]
+        chosen = jnp.where(here, jnp.take_along_axis(logits, at, axis=-1)[..., 0], 0.0)
+        highest = jax.lax.stop_gradient(logits).max(axis=-1)
+        return tuple(x[..., None] for x in (jax.nn.logsumexp(logits, axis=-1), highest, chosen))
 
     B, T, _ = hidden.shape
-    block = block_size(T, B * head.shape[1] * 4)
-    total, _ = jax.lax.scan(
-        one_block, jnp.float32(0.0), (split_queries(hidden, block), split_queries(targets, block))
-    )
-    return total
+    return map_query_blocks(one_block, block_size(T, B * head.shape[1] * 4), hidden, targets)
 
 
 def switched(config: ModelConfig, stage: Stage) -> ModelConfig:
@@ -60,6 +83,8 @@ def loss_fn(params: Any, batch: Batch, config: ModelConfig, stage: Stage) -> tup
     "expert_load" [MoE layers, MTP's last; E] in tokens.
     """
     config = switched(config, stage)
+    if stage.trains != "indexer":
+        config = for_training(config, batch["tokens"].shape[1])
     model = Transformer(config)
     tokens, targets, segment_ids = batch["tokens"], batch["targets"], batch["segment_ids"]
     _, _, aux = model.apply(params, tokens, segment_ids=segment_ids)
@@ -86,10 +111,7 @@ def loss_fn(params: Any, batch: Batch, config: ModelConfig, stage: Stage) -> tup
     metrics["expert_load"] = jnp.concatenate(loads)
     total = jnp.float32(0.0)
     if stage.trains != "indexer":
-        hidden = aux["hidden"]
-        if config.mtp_hidden == "pre_norm":
-            hidden = rms_norm(hidden, tree["norm"], config.norm_eps)
-        metrics["ce"] = _mean(cross_entropy(hidden, tree["head"], targets), targets)
+        metrics["ce"] = _mean(cross_entropy(final_hidden(aux, tree, config), tree["head"], targets), targets)
         metrics["balance"] = jnp.concatenate(balances).sum()
         total += metrics["ce"] + stage.balance_weight * metrics["balance"]
         if mtp_hidden is not None:
@@ -102,6 +124,12 @@ def loss_fn(params: Any, batch: Batch, config: ModelConfig, stage: Stage) -> tup
         total += metrics["index_kl"].sum()
     metrics["loss"] = total
     return total, metrics
+
+
+def final_hidden(aux: Any, tree: Any, config: ModelConfig) -> Float[Array, "B T D"]:
+    """What the head multiplies, from what ``Transformer`` returns beside its logits."""
+    hidden = aux["hidden"]
+    return rms_norm(hidden, tree["norm"], config.norm_eps) if config.mtp_hidden == "pre_norm" else hidden
 
 
 def after_next(targets: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

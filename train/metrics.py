@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -17,13 +18,17 @@ EVAL_FILE = "eval.jsonl"
 class JsonLines:
     """A file of JSON objects, one a line, each with a "step"; a resumed run forgets what lies ahead of it.
 
-    resume_at: the last step whose lines stay; -1: the run begins anew, nothing stays.
+    resume_at: the last step whose lines stay; -1: the run begins anew, nothing stays. Of several processes
+    the first one writes; the others know the same lines.
     """
 
     def __init__(self, path: Path, resume_at: int) -> None:
         self.path = path
         lines = read_lines(path) if path.is_file() else []
         self.lines = [line for line in lines if line["step"] <= resume_at]
+        self._file = None
+        if jax.process_index():
+            return
         temporary = path.with_suffix(".new")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         temporary.replace(path)  # also without the last line that a killed process cut short
@@ -31,11 +36,13 @@ class JsonLines:
 
     def add(self, line: Mapping[str, Any]) -> None:
         self.lines.append(dict(line))
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -58,9 +65,9 @@ def as_json(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def memory_bytes() -> int | None:
-    """Peak memory of the first device, or None where it does not say."""
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    return statistics.get("peak_bytes_in_use")
+    """Peak memory of the device that used most, of all processes' devices, or None where they do not say."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    return int(multihost_utils.process_allgather(np.float32(max(peaks))).max()) or None
 
 
 class LiveLine:

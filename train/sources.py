@@ -1,7 +1,7 @@
 """From a run's description of its data to rows and batches."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from train.config import Run, Source, Stage
@@ -62,12 +62,15 @@ def _n_ids(rows: Rows) -> int:
     return max(text, rows.marker + 1, rows.query_marker + 1, rows.keys.stop, rows.values.stop)
 
 
-def training_batches(run: Run, stage: Stage, start: dict[str, Any] | None = None) -> BatchIterator:
-    """The endless batches of one stage; ``start``: the position to go on from."""
-    return batches(mixture(run, "train"), run.batch, run.seed + stage.data_seed, start=start)
+def training_batches(
+    run: Run, stage: Stage, start: dict[str, Any] | None = None, rows: Sequence[int] | None = None
+) -> BatchIterator:
+    """The endless batches of one stage, or these rows of each; ``start``: the position to go on from."""
+    seed = run.seed + stage.data_seed
+    return batches(mixture(run, "train"), run.batch, seed, rows=rows, start=start)
 
 
-def validation_batches(run: Run) -> list[dict[str, Any]]:
-    """``run.eval_batches`` batches, always the same, that no stage trains on."""
-    iterator = batches(mixture(run, "validation"), run.batch, 0)
+def validation_batches(run: Run, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """``run.eval_batches`` batches, or these rows of each, always the same, that no stage trains on."""
+    iterator = batches(mixture(run, "validation"), run.batch, 0, rows=rows)
     return [next(iterator) for _ in range(run.eval_batches)]

@@ -1,15 +1,17 @@
 """One step: losses, gradients of what the stage trains, update, router bias."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dsa_jax.config import ModelConfig
+from dsa_jax.sharding import param_shardings
 from train.config import Stage
 from train.lora import merged
 from train.loss import Batch, Metrics, loss_fn
@@ -95,8 +97,19 @@ def move_router_bias(flat: Flat, load: jax.Array, bias_step: float) -> Flat:
 
 @functools.cache
 def compiled_step(
-    config: ModelConfig, stage: Stage, lora_scale: float
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """``train_step`` of this stage, jitted once for all runs; it takes the state's memory for its result."""
-    step = functools.partial(train_step, config=config, stage=stage, lora_scale=lora_scale)
+    config: ModelConfig, stage: Stage, lora_scale: float, mesh: Mesh | None = None
+) -> jax.stages.Wrapped:
+    """``train_step`` of this stage, (state, batch) -> (state, metrics), jitted once for all runs.
+
+    It takes the state's memory for its result. On a mesh the new state lies as the old one does, and every device
+    has all metrics.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        new_state, metrics = train_step(state, batch, config, stage, lora_scale)
+        if mesh is None:
+            return new_state, metrics
+        where = param_shardings(state, config, mesh), NamedSharding(mesh, P())
+        return jax.lax.with_sharding_constraint((new_state, metrics), where)
+
     return jax.jit(step, donate_argnums=0)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.experimental import multihost_utils
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -20,8 +21,10 @@ from dsa_jax.transformer import Transformer
 from pallas_kernels.bench import product_rate
 from train.checkpoint import Checkpoints
 from train.config import Run, Stage, to_json
+from train.distributed import check_shared
 from train.evaluate import indexer_quality, needle_accuracy, score
 from train.flops import training_flops
+from train.layout import Layout
 from train.lora import merged, with_adapters
 from train.loss import switched
 from train.metrics import (
@@ -34,8 +37,13 @@ from train.metrics import (
 )
 from train.optimizer import group_of
 from train.sources import rows_of, training_batches, validation_batches
-from train.step import TrainState, begin_stage, compiled_step
+from train.step import TrainState, compiled_step
 from train.synthetic import Needles
+
+
+class Stopped(Exception):
+    """One of several processes was asked to end (SIGTERM), and all have saved the same step."""
+
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the needles that an evaluation asks for: start to end of the row
 
@@ -46,48 +54,74 @@ def train(run: Run, folder: Path, console: Console | None = None, params: Any = 
     params: what to begin with, instead of ``run.init_from`` or random parameters.
 
     ``folder`` gets config.json, checkpoints/, metrics.jsonl and eval.jsonl (an evaluation before the first stage
-    and after each). Called again with the same run, it goes on after the newest checkpoint, to the same bits.
+    and after each). Called again with the same run, it goes on after the newest checkpoint, to the same bits; on
+    another mesh, to the same numbers but for the order of sums.
+
+    With several processes (``train.distributed``) all call this alike, with a folder that all see; the first
+    one writes and prints.
 
     Raises:
-      ValueError: the folder belongs to a run that contradicts this one, or data and model do not fit.
+      ValueError: the folder belongs to a run that contradicts this one, or data, model and mesh do not fit.
       FloatingPointError: a loss or a gradient is not finite; the message names it and the last good checkpoint.
+      Stopped: see there.
     """
-    console = console or Console(highlight=False)
+    writes = jax.process_index() == 0
+    console = (console or Console(highlight=False)) if writes else Console(quiet=True)
+    layout = Layout(run)
     folder.mkdir(parents=True, exist_ok=True)
+    check_shared(folder)
+    ceiling = product_rate(jnp.bfloat16) * layout.n_devices if jax.default_backend() != "cpu" else None
     checkpoints = Checkpoints(folder / "checkpoints", run.keep)
     try:
-        shapes = jax.eval_shape(lambda: initial_params(run, load=False))
-        restored = checkpoints.restore(run, shapes)
-        (folder / "config.json").write_text(json.dumps(to_json(run), indent=1) + "\n")
-        if restored is None:
-            begin = initial_params(run) if params is None else params
-            state = begin_stage(jnp.int32(0), begin, run.stages[0])
-            data = None
-        else:
-            state, data = restored.state, restored.data
-            console.print(f"going on after step {int(state.step)} of {run.steps} ({folder})")
-        loop = _Loop(run, folder, checkpoints, console, resume_at=int(state.step) if restored else -1)
-        try:
-            state = loop.go(state, data)
-        finally:
-            loop.close()
-        summarise(loop.evaluations.lines, console)
-        return merged(state.params, lora_scale(run))
+        with layout.in_use():
+            shapes = jax.eval_shape(lambda: initial_params(run, load=False))
+            restored = checkpoints.restore(run, shapes, layout)
+            if writes:
+                (folder / "config.json").write_text(json.dumps(to_json(run), indent=1) + "\n")
+            if restored is None:
+                begin = initial_params(run, layout=layout) if params is None else layout.given(params)
+                state, data = layout.begin_stage(0, begin, run.stages[0]), None
+            else:
+                state, data = restored.state, restored.data
+                console.print(f"going on after step {int(state.step)} of {run.steps} ({folder})")
+            resume_at = int(state.step) if restored else -1
+            loop = _Loop(run, layout, folder, checkpoints, console, resume_at, ceiling)
+            try:
+                state = loop.go(state, data)
+            finally:
+                loop.close()
+            summarise(loop.evaluations.lines, console)
+            return merged(state.params, lora_scale(run))
     finally:
         checkpoints.close()
 
 
-def initial_params(run: Run, load: bool = True) -> Any:
+def initial_params(run: Run, load: bool = True, layout: Layout | None = None) -> Any:
     """What the first stage begins with: random, or ``run.init_from``, with adapters if the run has any.
 
-    load False: random in any case, which is enough for shapes.
+    load False: random in any case, which is enough for shapes. layout: where to make or read them, each device
+    its own part; None: on one device.
     """
-    key = jax.random.key(run.seed)
+    layout = layout or Layout(dataclasses.replace(run, mesh=None))
+    key, tokens = jax.random.key(run.seed), jnp.zeros((1, 2), jnp.int32)
+    init = Transformer(run.model).init
+    where = layout.shardings(jax.eval_shape(init, key, tokens))
     if run.init_from and load:
-        params = load_params(run.init_from, run.model)
+        params = load_params(run.init_from, run.model, shardings=where)
     else:
-        params = jax.jit(Transformer(run.model).init)(key, jnp.zeros((1, 2), jnp.int32))
-    return with_adapters(params, run.lora, jax.random.fold_in(key, 1)) if run.lora else params
+        params = jax.jit(init, out_shardings=where)(key, tokens)
+    lora = run.lora
+    if lora is None:
+        return params
+    key = jax.random.fold_in(key, 1)
+    if layout.mesh is None:
+        return with_adapters(params, lora, key)
+
+    def adapters(params, key):
+        return {"lora": with_adapters(params, lora, key)["lora"]}
+
+    where = layout.shardings(jax.eval_shape(adapters, params, key))
+    return params | jax.jit(adapters, out_shardings=where)(params, key)
 
 
 def from_checkpoint(run: Run) -> Run:
@@ -109,16 +143,25 @@ class _Loop:
     """The steps between two ends, and what is written on the way."""
 
     def __init__(
-        self, run: Run, folder: Path, checkpoints: Checkpoints, console: Console, resume_at: int
+        self,
+        run: Run,
+        layout: Layout,
+        folder: Path,
+        checkpoints: Checkpoints,
+        console: Console,
+        resume_at: int,
+        ceiling: float | None,
     ) -> None:
-        self.run, self.folder, self.checkpoints, self.console = run, folder, checkpoints, console
+        self.run, self.layout, self.folder, self.checkpoints = run, layout, folder, checkpoints
+        self.ceiling = ceiling
         self.metrics = JsonLines(folder / METRICS_FILE, resume_at)
         self.evaluations = JsonLines(folder / EVAL_FILE, resume_at)
-        self.validation = validation_batches(run) if run.eval_batches else []
+        held_out = validation_batches(run, layout.rows) if run.eval_batches else []
+        self.validation = [layout.batch(batch) for batch in held_out]
         sources = [rows_of(source, run.seq_len, "validation") for source in run.data]
         self.needles = [source for source in sources if isinstance(source, Needles)]
-        self.ceiling = product_rate(jnp.bfloat16) if jax.default_backend() != "cpu" else None
         self.line = LiveLine(console, run.steps)
+        self.n_asked = 0
 
     def close(self) -> None:
         self.line.close()
@@ -131,7 +174,7 @@ class _Loop:
         self.evaluate(state, "before")
         for index, stage in enumerate(self.run.stages[first:], start=first):
             if index > first:
-                state, data, done = begin_stage(state.step, state.params, stage), None, 0
+                state, data, done = self.layout.begin_stage(state.step, state.params, stage), None, 0
             if done < stage.steps:
                 state = self.one_stage(state, stage, data, done)
             self.evaluate(state, stage.name)
@@ -141,18 +184,18 @@ class _Loop:
         self, state: TrainState, stage: Stage, data: dict[str, Any] | None, done: int
     ) -> TrainState:
         run = self.run
-        batches = training_batches(run, stage, start=data)
-        step_function = compiled_step(run.model, stage, lora_scale(run))
+        batches = training_batches(run, stage, start=data, rows=self.layout.rows)
+        step_function = compiled_step(run.model, stage, lora_scale(run), self.layout.mesh)
         flops = sum(training_flops(switched(run.model, stage), run.seq_len, stage.trains).values())
         waiting: list[dict[str, jax.Array]] = []
         begin, timed = time.perf_counter(), 0
         first_step = int(state.step) - done
         for in_stage in range(done + 1, stage.steps + 1):
             step = first_step + in_stage
-            batch = {name: jnp.asarray(rows) for name, rows in next(batches).items()}
-            state, metrics = step_function(state, batch)
+            state, metrics = step_function(state, self.layout.batch(next(batches)))
             waiting.append(metrics)
-            saves = in_stage == stage.steps or step % run.checkpoint_every == 0
+            stops = self.asked_to_stop()
+            saves = stops or in_stage == stage.steps or step % run.checkpoint_every == 0
             if step % run.log_every == 0 or saves or in_stage == done + 1:
                 values = self._fetch(waiting, step)
                 elapsed, n_steps = time.perf_counter() - begin, in_stage - done - timed
@@ -165,7 +208,19 @@ class _Loop:
                 waiting = []
             if saves:
                 self.checkpoints.save(state, batches.get_state(), run)
+            if stops:
+                raise Stopped(
+                    f"a process was asked to end; the checkpoint of step {step} is in {self.folder}"
+                )
         return state
+
+    def asked_to_stop(self) -> bool:
+        """Whether SIGTERM reached one of several processes; True after the same step in all. A process alone just ends.
+
+        To be asked after every step. JAX agrees on a number of calls, counted from 1 whichever step came first.
+        """
+        self.n_asked += 1
+        return multihost_utils.reached_preemption_sync_point(self.n_asked)
 
     def _fetch(self, waiting: list[dict[str, jax.Array]], step: int) -> dict[str, Any]:
         """The newest metrics as numbers, once all that are waiting proved finite."""
@@ -214,13 +269,20 @@ class _Loop:
 
 
 def fingerprint(params: Any) -> str:
-    """SHA-256 of every parameter that is not an indexer's: equal before and after a warm-up."""
+    """SHA-256 of every parameter that is not an indexer's: equal before and after a warm-up, on the same mesh.
+
+    Each process digests the parts that it holds; what they found is digested in the order of the processes.
+    """
     digest = hashlib.sha256()
     for path, leaf in sorted(traverse_util.flatten_dict(params, sep=".").items()):
-        if group_of(path) != "indexer":
-            digest.update(path.encode())
-            digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
+        if group_of(path) == "indexer":
+            continue
+        parts = [(str(part.index), part) for part in leaf.addressable_shards if part.replica_id == 0]
+        for index, part in sorted(parts, key=lambda entry: entry[0]):
+            digest.update(f"{path} {index}".encode())
+            digest.update(np.asarray(part.data).tobytes())
+    found = multihost_utils.process_allgather(np.frombuffer(digest.digest(), np.uint8))
+    return hashlib.sha256(found.tobytes()).hexdigest()
 
 
 def summarise(evaluations: list[dict[str, Any]], console: Console) -> None:

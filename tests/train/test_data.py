@@ -153,16 +153,16 @@ def test_resumed_equals_uninterrupted(source, taken):
 
 
 @pytest.mark.parametrize("source", [Numbers(10), MIXTURE], ids=["source", "mixture"])
-@pytest.mark.parametrize("count", [2, 4])
-def test_shards_together_have_the_rows_of_one_process(source, count):
+@pytest.mark.parametrize("parts", [((0, 1), (2, 3)), ((0, 2), (3, 1)), ((0,), (1, 2, 3), (1, 2, 3))])
+def test_processes_together_have_the_rows_of_one(source, parts):
     alone = numbers(batches(source, 4, seed=1), 8)
-    shards = [numbers(batches(source, 4, seed=1, shard=(index, count)), 8) for index in range(count)]
-    for step, batch in enumerate(alone):
-        assert [shards[row % count][step][row // count] for row in range(4)] == batch
-    # A state is good for any number of processes.
+    shares = [numbers(batches(source, 4, seed=1, rows=rows), 8) for rows in parts]
+    for rows, share in zip(parts, shares, strict=True):
+        assert share == [[batch[row] for row in rows] for batch in alone]
+    # A state is good for any rows.
     one = batches(source, 4, seed=1)
     numbers(one, 3)
-    assert numbers(batches(source, 4, seed=1, shard=(1, count), start=one.get_state()), 5) == shards[1][3:]
+    assert numbers(batches(source, 4, seed=1, rows=parts[1], start=one.get_state()), 5) == shares[1][3:]
 
 
 def test_a_mixture_keeps_its_shares_in_every_stretch_and_repeats_small_sources():
@@ -184,10 +184,12 @@ def test_text_and_tasks_mix_in_one_batch(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_with_both_values():
-    with pytest.raises(ValueError, match="multiple of the 4 shards, got 6"):
-        batches(Numbers(10), 6, 0, shard=(0, 4))
-    with pytest.raises(ValueError, match=r"0 <= index < count, got \(2, 2\)"):
-        batches(Numbers(10), 4, 0, shard=(2, 2))
+    with pytest.raises(ValueError, match="batch must be positive, got 0"):
+        batches(Numbers(10), 0, 0)
+    with pytest.raises(ValueError, match=r"rows must be some of 0 ... 3, got \[2, 4\]"):
+        batches(Numbers(10), 4, 0, rows=[2, 4])
+    with pytest.raises(ValueError, match=r"rows must be some of 0 ... 3, got \[\]"):
+        batches(Numbers(10), 4, 0, rows=[])
     with pytest.raises(ValueError, match="Numbers has none"):
         batches(Numbers(0), 4, 0)
     with pytest.raises(ValueError, match="2 sources and 1 weights"):

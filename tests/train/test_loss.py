@@ -2,17 +2,22 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from dsa_jax.sharding import make_mesh
 from dsa_jax.transformer import Transformer
 from pallas_kernels import blocking
 from tests.train.small import CONFIG, T, batch_of, initial
 from train.config import sparse
-from train.loss import after_next, cross_entropy, loss_fn
+from train.loss import after_next, cross_entropy, loss_fn, predictions
 
 STAGE = sparse(1, lr=1e-3, index_lr=1e-3, mtp_weight=0.3, balance_weight=0.01)
 
@@ -34,6 +39,40 @@ def test_blocked_cross_entropy_and_its_gradients_are_the_naive_ones(monkeypatch,
     ours = jax.value_and_grad(cross_entropy, (0, 1))(hidden, head, targets)
     theirs = jax.value_and_grad(naive, (0, 1))(hidden, head, targets)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
+
+
+MESHES = [{"data": 2, "context": 2, "tensor": 2}, {"data": 2, "context": 4}, {"expert": 2, "tensor": 4}]
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)")
+@pytest.mark.parametrize("n_words", [240, 171])  # 171: every device has all words
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_on_a_mesh_every_device_blocks_its_own_tokens_and_words(monkeypatch, axes, n_words):
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 32, 8), (8, n_words)))
+    hidden *= 10  # so that the parts of a log-sum-exp are far apart
+    targets = jnp.asarray(rng.integers(n_words, size=(4, 32)), jnp.int32).at[:, ::4].set(-1)
+    want = jax.value_and_grad(naive, (0, 1))(hidden, head, targets)
+    right = (targets >= 0) & ((hidden @ head).argmax(-1) == targets)
+
+    monkeypatch.setattr(blocking, "WORKSPACE_BYTES", 1)  # blocks of one token
+    mesh = make_mesh(**axes)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    tokens = (("data", "expert"), "context")
+    arrays = put(hidden, *tokens), put(head, ("data", "expert", "context"), None), put(targets, *tokens)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.value_and_grad(cross_entropy, (0, 1))).lower(*arrays).compile()
+        got = compiled(*arrays)
+        np.testing.assert_array_equal(jax.jit(predictions)(*arrays)[1], right)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, want
+    )
+    n_tokens = 4 * 32 * mesh.shape["tensor"] // 8
+    logits = n_tokens * n_words // (mesh.shape["tensor"] if n_words % 2 == 0 else 1)
+    sizes = [
+        math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+    ]
+    assert max(sizes) < logits
 
 
 def test_without_a_target_there_is_no_loss_and_no_gradient():

@@ -16,7 +16,7 @@ import train.__main__ as command
 from dsa_jax.checkpoint import write_hf
 from tests.train.small import CONFIG, OPTIONS, STAGES, initial, same_bits, small_run
 from train.checkpoint import Checkpoints
-from train.config import Lora, Source, dense
+from train.config import Lora, MeshSpec, Source, dense
 from train.metrics import METRICS_FILE, JsonLines, read_lines
 from train.runs import RUNS
 from train.sources import rows_of, training_batches, validation_batches
@@ -305,6 +305,16 @@ def test_the_command_takes_overrides_at_any_depth(calls):
     assert folder == Path("runs/nano_cpu")
 
 
+def test_the_command_takes_a_mesh_and_otherwise_leaves_that_of_the_run(calls, monkeypatch):
+    assert command.main(["nano_cpu", "--mesh.expert", "2", "--mesh.data", "1"]) == 0
+    monkeypatch.setitem(RUNS, "meshed", lambda: small_run(mesh=MeshSpec(tensor=2)))
+    assert command.main(["meshed"]) == command.main(["nano_cpu"]) == 0
+    assert command.main(["meshed", "--run.mesh.context", "2"]) == 0
+    assert [run.mesh for run, _ in calls] == [
+        MeshSpec(data=1, expert=2), MeshSpec(tensor=2), None, MeshSpec(tensor=2, context=2),
+    ]  # fmt: skip
+
+
 def test_the_command_starts_from_a_checkpoint_with_adapters(calls, released, tmp_path):
     arguments = ["nano_cpu", "--init-from", str(released), "--lora-rank", "4", "--folder", str(tmp_path)]
     assert command.main([*arguments, "--run.seq-len", "16"]) == 0
@@ -348,7 +358,18 @@ def test_training_that_stops_is_exit_code_1(monkeypatch, capsys):
         (
             ["nano_cpu", "--help"],
             0,
-            ["under four minutes", "--run.stages.0.steps", "--folder", "--lora-rank"],
+            [
+                "under four minutes",
+                "--run.stages.0.steps",
+                "--folder",
+                "--lora-rank",
+                "--mesh.expert",
+                "--distributed",
+                "--coordinator",
+                "--num-processes",
+                "--process-id",
+                "--heartbeat-timeout",
+            ],
         ),
         ([], 2, ["nano_cpu"]),
         (["nano_cpu", "--run.stages.0.stepz", "3"], 2, ["--run.stages.0.stepz", "--run.stages.0.steps"]),

@@ -1,0 +1,119 @@
+"""How fast training goes on several devices, and whether it computes the same.
+
+    python -m train.scaling [--data 2 | --expert 2 | --context 2 ...] [--rows 2] [--length 32768] [--json FILE]
+
+times steps of the sparse stage of ``large`` with random weights and tokens, on one device or over a mesh of all.
+The first losses are printed in full: for the same rows they are those of any other mesh, up to the order of sums.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.transformer import Transformer
+from train.config import MeshSpec, Run, Source, sparse
+from train.flops import training_flops
+from train.layout import Layout
+from train.loss import switched
+from train.metrics import memory_bytes
+from train.step import compiled_step
+
+
+def large() -> ModelConfig:
+    """A model of 2.2 B parameters whose attention has V3.2's dimensions per head and 64 heads."""
+    return ModelConfig(
+        vocab_size=32768, d_model=2048, n_layers=8, n_dense_layers=1, n_heads=64, d_ff=8192, d_expert=1024,
+        q_lora_rank=1024, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        index_n_heads=16, index_head_dim=128, index_topk=2048, n_routed_experts=32, n_shared_experts=1,
+        n_activated_experts=4, n_expert_groups=4, n_limited_groups=2, route_scale=2.5, max_seq_len=131072,
+        n_mtp_layers=1, mtp_shared_embeddings=True, remat="layer",
+    )  # fmt: skip
+
+
+def measure(run: Run, steps: int) -> dict[str, Any]:
+    """losses of the first ``steps`` steps, seconds of a step (median, the first left out), tokens and FLOPs per second
+    and device, bytes of the program's plan and of the device's peak (None where it does not say), compile_seconds.
+    """
+    layout, stage = Layout(run), run.stages[0]
+    random = np.random.default_rng(0)
+    tokens = random.integers(run.model.vocab_size, size=(run.batch, run.seq_len), dtype=np.int32)
+    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "segment_ids": np.ones_like(tokens)}
+    with layout.in_use():
+        initialise, key = Transformer(run.model).init, jax.random.key(0)
+        shapes = jax.eval_shape(initialise, key, jnp.zeros((1, 2), jnp.int32))
+        params = jax.jit(initialise, out_shardings=layout.shardings(shapes))(
+            key, jnp.zeros((1, 2), jnp.int32)
+        )
+        state = layout.begin_stage(0, params, stage)
+        of_device = {name: layout.batch({name: rows[layout.rows]})[name] for name, rows in batch.items()}
+        begin = time.perf_counter()
+        step = compiled_step(run.model, stage, 0.0, layout.mesh).lower(state, of_device).compile()
+        compile_seconds = time.perf_counter() - begin
+        plan, losses, took = step.memory_analysis(), [], []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            state, metrics = step(state, of_device)
+            losses.append(float(metrics["loss"]))
+            took.append(time.perf_counter() - begin)
+    seconds = statistics.median(took[1:])
+    rate = run.batch * run.seq_len / seconds / layout.n_devices
+    flops = training_flops(switched(run.model, stage), run.seq_len, stage.trains)
+    return {
+        "devices": layout.n_devices,
+        "losses": losses,
+        "seconds": seconds,
+        "tokens_per_s_per_device": rate,
+        "flops_per_s_per_device": rate * sum(flops.values()),
+        "planned_bytes": plan.argument_size_in_bytes + plan.temp_size_in_bytes,
+        "peak_bytes": memory_bytes(),
+        "compile_seconds": compile_seconds,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.scaling", description=large.__doc__)
+    for axis in ("data", "expert", "context", "tensor"):
+        parser.add_argument(f"--{axis}", type=int, default=1, help="ways in which this axis splits the work")
+    parser.add_argument("--rows", type=int, default=2, help="rows of a step, on all devices together")
+    parser.add_argument("--length", type=int, default=32768, help="tokens of a row")
+    parser.add_argument("--steps", type=int, default=4, help="steps, of which the first is not timed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
+    options = parser.parse_args(arguments)
+    axes = {axis: getattr(options, axis) for axis in ("data", "expert", "context", "tensor")}
+    run = Run(
+        model=large(),
+        stages=(sparse(options.steps, lr=1e-4, index_lr=1e-3),),
+        data=(Source(kind="associative_recall"),),  # not read: the tokens are random
+        batch=options.rows,
+        seq_len=options.length,
+        mesh=MeshSpec(**axes) if max(axes.values()) > 1 else None,
+    )
+    split = ", ".join(f"{axis}={n}" for axis, n in axes.items() if n > 1) or "one device"
+    device = jax.devices()[0].device_kind
+    parameters = f"{run.model.param_count() / 1e9:.2f} B parameters"
+    print(f"{device}, jax {jax.__version__}, {parameters}, {split}", flush=True)
+    found = measure(run, options.steps)
+    print(
+        f"{options.rows} rows of {options.length}: {found['seconds']:.3f} s, "
+        f"{found['tokens_per_s_per_device']:.0f} tokens/s and {found['flops_per_s_per_device'] / 1e12:.1f} TFLOP/s a "
+        f"device, {found['planned_bytes'] / 2**30:.1f} GiB planned, compiled in {found['compile_seconds']:.0f} s\n"
+        f"losses {', '.join(f'{loss:.7f}' for loss in found['losses'])}"
+    )
+    if options.json:
+        about = {"device": device, "jax": jax.__version__, "mesh": axes, "rows": options.rows}
+        options.json.write_text(json.dumps(about | {"length": options.length} | found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
