@@ -11,9 +11,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax.config import ModelConfig
+from dsa_jax.expert_exchange import exchanged
 from dsa_jax.grouped import grouped_matmul
 from dsa_jax.linear import linear, linear_float32
-from dsa_jax.sharding import Partial, constrain, local
+from dsa_jax.sharding import Partial, constrain, expert_devices, local
 
 Parameters = Mapping[str, Any]
 
@@ -112,12 +113,21 @@ def moe(
         "w_up": ("experts", None, "ff"),
         "w_down": ("experts", "ff", None),
     }
-    routed = local(
-        partial(routed_experts, config=config),
-        in_axes=(per_row, per_row, per_row, in_and_out, ("experts",)),
-        out_axes=Partial(per_row, over=("experts", "ff")),
-    )
-    y = routed(x, experts, weights, parameters["experts"], jnp.arange(config.n_routed_experts))
+    n_devices = expert_devices(x.shape[0])
+    if n_devices > 1:
+        routed = local(
+            partial(exchanged_experts, config=config, n_devices=n_devices),
+            in_axes=(per_token, per_token, per_token, in_and_out),
+            out_axes=Partial(per_token, over=("ff",)),
+        )
+        y = routed(x, experts, weights, parameters["experts"])
+    else:
+        routed = local(
+            partial(routed_experts, config=config),
+            in_axes=(per_row, per_row, per_row, in_and_out, ("experts",)),
+            out_axes=Partial(per_row, over=("experts", "ff")),
+        )
+        y = routed(x, experts, weights, parameters["experts"], jnp.arange(config.n_routed_experts))
     y = constrain(y, *per_token) + swiglu(x, parameters["shared_experts"]).astype(jnp.float32)
     return y.astype(x.dtype), {
         "experts": experts,
@@ -149,6 +159,25 @@ def routed_experts(
         return _sum_of_experts(x, own, weights, parameters, n_held, all_held=False)[0]
 
     return lax.map(one_row, (x, own, weights))
+
+
+def exchanged_experts(
+    x: Float[Array, "B T D"],
+    experts: Int[Array, "B T A"],
+    weights: Float[Array, "B T A"],
+    parameters: Parameters,
+    config: ModelConfig,
+    n_devices: int,
+) -> Float[Array, "B T D"]:
+    """The same for tokens that no other device has: all their experts, on whichever device they are; float32."""
+    n_held = config.n_routed_experts // n_devices
+
+    def apply(rows, held):
+        one = jnp.ones((1, rows.shape[0], 1), jnp.float32)
+        found = _sum_of_experts(rows[None], held[None, :, None], one, parameters, n_held, all_held=False)
+        return found[0].astype(rows.dtype)
+
+    return exchanged(x, experts, weights, n_held, n_devices, apply)
 
 
 def _sum_of_experts(x, experts, weights, parameters, n_experts, all_held=True):

@@ -31,6 +31,8 @@ from dsa_jax.fp8_weight import BLOCK, Fp8Weight
 
 AXES = ("data", "expert", "context", "tensor")  # devices that are neighbours differ in the last one
 
+EXPERT_AXIS = "expert"
+
 # Logical axis -> mesh axes. An array whose size they do not divide is split over as many of them as do, from the left.
 RULES = {
     "batch": ("data", "expert"),
@@ -251,6 +253,12 @@ class Partial:
 
     axes: Axes
     over: tuple[str, ...]
+
+
+def expert_devices(n_rows: int) -> int:
+    """How many devices exchange tokens of a batch of so many rows: they hold other experts, and other rows. Else 1."""
+    mesh = _mesh_in_use()
+    return mesh.shape[EXPERT_AXIS] if mesh and EXPERT_AXIS in (_split("batch", n_rows, mesh) or ()) else 1
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -5,6 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from dsa_jax.block import CAPTURABLE, Block
 from dsa_jax.cache import Arrays, Cache, Placement, place
@@ -177,7 +178,9 @@ class Transformer(nn.Module):
         """Scans one stack of equal layers; the cache travels in the carry, so that it is updated in place."""
 
         def one_layer(block, carry, layer):
-            x, cached, aux = block(*carry, layer, rope, placement, capture)
+            # Masks made of what all layers share would be hoisted out of the loop over layers, whole: T x S per head.
+            shared = lax.optimization_barrier((rope, placement, lax.stop_gradient(carry[0])))[:2]
+            x, cached, aux = block(*carry, layer, *shared, capture)
             return (constrain(x, "batch", "sequence", None), cached), aux
 
         if self.config.remat == "layer":

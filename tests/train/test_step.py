@@ -12,11 +12,12 @@ import pytest
 from flax import traverse_util
 
 import dsa_jax.indexer
+from pallas_kernels import blocking
 from tests.train.small import CONFIG, T, batch_of, initial, same_bits
 from train.config import Stage, dense, indexer_warmup, sparse
 from train.loss import loss_fn
 from train.optimizer import group_of, join, make_optimizer, schedule, split
-from train.step import begin_stage, compiled_step, move_router_bias
+from train.step import begin_stage, compiled_step, move_router_bias, train_step
 
 BATCH = batch_of([20, 9], [T])
 STAGES = {
@@ -256,3 +257,27 @@ def test_the_rate_rises_in_a_line_and_falls_along_a_cosine():
 )
 def test_without_an_end_the_rate_stays(warmup, expected):
     assert [float(schedule(2.0, dense(3, lr=1.0, lr_warmup=warmup))(step)) for step in range(3)] == expected
+
+
+def test_no_mask_of_all_queries_and_keys_is_made(monkeypatch):
+    """JAX hoists what a loop's iterations share; of the masks that all layers share it must not."""
+    length = 512
+    monkeypatch.setattr(blocking, "WORKSPACE_BYTES", 2**16)
+    config = dataclasses.replace(CONFIG, max_seq_len=length, query_block=32)
+    batch = {name: jnp.ones((1, length), jnp.int32) for name in ("tokens", "targets", "segment_ids")}
+    for stage in (indexer_warmup(1), sparse(1, lr=1e-3, index_lr=1e-3), dense(1, lr=1e-3)):
+        state = jax.eval_shape(lambda p, stage=stage: begin_stage(jnp.int32(0), p, stage), initial())
+        step = functools.partial(train_step, config=config, stage=stage)
+        sizes = [
+            aval.size for aval in _results(jax.make_jaxpr(step)(state, batch).jaxpr) if aval.dtype == bool
+        ]
+        assert 0 < max(sizes) < length * length, stage.name
+
+
+def _results(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars if hasattr(variable.aval, "dtype"))
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _results(inner)
