@@ -69,7 +69,6 @@ def _exchange(x, experts, weights, n_held, n_devices, apply):
     place = jnp.argsort(by_device) - first[device]
     rounds = lax.pmax(-(-length.max() // rows), AXES)  # the same everywhere: all take part in an exchange
 
-    @jax.checkpoint
     def one_round(i, x, weights):
         nth = i * rows + jnp.arange(rows)
         filled = nth < length[:, None]
@@ -85,12 +84,17 @@ def _exchange(x, experts, weights, n_held, n_devices, apply):
         )
         return (found.astype(jnp.float32) * jnp.where(now.reshape(M, A), weights, 0.0)[..., None]).sum(axis=1)
 
-    def add(total, i):
+    # Around the condition: inside, it would hand every round's copy of the experts to the backward pass.
+    @jax.checkpoint
+    def round_if_needed(i, x, weights):
         skip = lambda i, x, weights: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
-        return total + lax.cond(i < rounds, one_round, skip, i, x, weights), None
+        return lax.cond(i < rounds, one_round, skip, i, x, weights)
 
-    total = one_round(0, x, weights)
-    return lax.scan(add, total, jnp.arange(1, most_rounds))[0] if most_rounds > 1 else total
+    total = jax.checkpoint(one_round)(0, x, weights)
+    if most_rounds == 1:
+        return total
+    add = lambda total, i: (total + round_if_needed(i, x, weights), None)  # noqa: E731
+    return lax.scan(add, total, jnp.arange(1, most_rounds))[0]
 
 
 def _swap(array: Array) -> Array:

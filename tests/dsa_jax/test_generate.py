@@ -23,11 +23,11 @@ def test_greedy_tokens_are_those_of_pytorch():
 
 
 def test_greedy_generation_equals_full_forwards():
-    apply = jax.jit(lambda tokens: Transformer(CONFIG).apply(PARAMS, tokens)[0])
+    apply = jax.jit(lambda params, tokens: Transformer(CONFIG).apply(params, tokens)[0])
     padded, length = np.zeros((1, 40), np.int32), 20
     padded[0, :length] = PROMPT[:length]
     for at in range(length, 26):
-        padded[0, at] = np.argmax(np.asarray(apply(jnp.asarray(padded)))[0, at - 1])
+        padded[0, at] = np.argmax(np.asarray(apply(PARAMS, jnp.asarray(padded)))[0, at - 1])
     assert generate(PARAMS, CONFIG, [PROMPT[:length]], max_new_tokens=6) == [padded[0, length:26].tolist()]
 
 

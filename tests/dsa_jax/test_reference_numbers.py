@@ -1,5 +1,7 @@
 """Agreement with numbers computed by PyTorch: transformers and DeepSeek's own modules (tests/vectors)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,16 +74,19 @@ def test_fp8_indexer_and_cache_match_the_deployed_numbers():
 def test_mtp_layer_matches_and_its_wrong_variants_do_not():
     expected, config, params = numbers("tiny_mtp_float32"), config_of("tiny"), params_of("tiny")
     ids = jnp.asarray(expected["input_ids"], jnp.int32)
-    model = Transformer(config)
-    _, _, aux = model.apply(params, ids)
-    logits, _, _ = model.apply(params, aux["hidden"][:, :-1], ids[:, 1:], method="mtp_logits")
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def mtp_logits(model, params, ids):
+        hidden = model.apply(params, ids)[2]["hidden"]
+        return model.apply(params, hidden[:, :-1], ids[:, 1:], method="mtp_logits")[0]
+
+    logits = mtp_logits(Transformer(config), params, ids)
     np.testing.assert_allclose(logits, expected["mtp_logits"], rtol=0, atol=5e-5)
     for wrong in ("prenorm", "swapped"):
         assert np.abs(np.asarray(logits) - expected[f"mtp_logits_{wrong}"]).max() > 0.1
     # the switch for the other reading of the paper is that other reading
     pre = Transformer(config_of("tiny", mtp_hidden="pre_norm"))
-    hidden = pre.apply(params, ids)[2]["hidden"]
-    logits, _, _ = pre.apply(params, hidden[:, :-1], ids[:, 1:], method="mtp_logits")
+    logits = mtp_logits(pre, params, ids)
     np.testing.assert_allclose(logits, expected["mtp_logits_prenorm"], rtol=0, atol=5e-5)
 
 

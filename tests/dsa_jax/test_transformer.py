@@ -173,12 +173,13 @@ def test_a_row_that_outgrows_its_cache_says_so():
 
 def test_mtp_decodes_with_its_own_cache_as_it_runs_at_once():
     model = Transformer(CONFIG)
-    hidden = model.apply(PARAMS, TOKENS)[2]["hidden"][:, :-1]
-    run = jax.jit(lambda h, t, cache: model.apply(PARAMS, h, t, cache=cache, method="mtp_logits")[:2])
-    whole, _ = run(hidden, TOKENS[:, 1:], None)
+    hidden = jax.jit(model.apply)(PARAMS, TOKENS)[2]["hidden"][:, :-1]
+    run = jax.jit(lambda p, h, t, cache: model.apply(p, h, t, cache=cache, method="mtp_logits")[:2])
+    whole, _ = run(PARAMS, hidden, TOKENS[:, 1:], None)
     cache, begin = init_cache(CONFIG, 2, 64, n_layers=1), 0
     for size in (30, 1, 32):
-        part, cache = run(hidden[:, begin : begin + size], TOKENS[:, 1 + begin : 1 + begin + size], cache)
+        tokens = TOKENS[:, 1 + begin : 1 + begin + size]
+        part, cache = run(PARAMS, hidden[:, begin : begin + size], tokens, cache)
         close(part, whole[:, begin : begin + size])
         begin += size
 
