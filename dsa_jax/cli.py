@@ -1,5 +1,6 @@
 """The `dsa-jax` command: `generate` continues a prompt, `compare` holds our model against PyTorch, `convert`
-and `verify` (dsa_jax.checkpoint_commands) turn checkpoints from one layout into another and check them.
+and `verify` (dsa_jax.checkpoint_commands) turn checkpoints from one layout into another and check them, `aot`
+(train.aot, found by its entry point) says ahead of time whether a run fits.
 
 Exit codes: 0 done; 1 `compare` found a difference beyond the tolerance; 2 bad input, said in one line on
 standard error (`--traceback` or DSA_JAX_TRACEBACK=1 shows where it arose).
@@ -12,8 +13,12 @@ import sys
 import time
 import zipfile
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+# Commands of packages that build on this one: entry points of the group "dsa_jax.commands" in pyproject.toml.
+PLUGINS = {"aot": "does a run fit, and where does its time go? Asked ahead of time, without the machine"}
 
 # JAX and the model are imported by the commands themselves, so that --help answers at once.
 if TYPE_CHECKING:
@@ -351,6 +356,16 @@ def write_json(path: Path, text: str) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line `args` (default: the process's) and returns the exit code."""
+    args = sys.argv[1:] if args is None else args
+    if args and args[0] in PLUGINS:
+        found = [point for point in entry_points(group="dsa_jax.commands") if point.name == args[0]]
+        if found:
+            return found[0].load()(args[1:])
+        print(
+            f"dsa-jax: `{args[0]}` is not registered; install the package again: pip install -e .",
+            file=sys.stderr,
+        )
+        return 2
     try:
         import tyro
 
@@ -361,7 +376,8 @@ def main(args: Sequence[str] | None = None) -> int:
     command = tyro.cli(
         Generate | Compare | Convert | Verify,
         prog="dsa-jax",
-        description="DeepSeek-V3.2 with sparse attention, in JAX.",
+        description="DeepSeek-V3.2 with sparse attention, in JAX. Also: "
+        + "; ".join(f"`dsa-jax {name} --help`: {what}" for name, what in PLUGINS.items()),
         args=args,
         config=(tyro.conf.FlagCreatePairsOff,),
     )

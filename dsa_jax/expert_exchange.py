@@ -42,9 +42,8 @@ def exchanged(
     block = max(min(T, BLOCK_BYTES // (B * A * D * x.dtype.itemsize)), 1)
 
     def one_block(x, experts, weights):
-        tokens = x.shape[0] * x.shape[1]
-        flat = (array.reshape(tokens, -1) for array in (x, experts, weights))
-        return _exchange(*flat, n_held, n_devices, apply).reshape(x.shape)
+        rows, chosen, shares = (array.reshape(-1, array.shape[-1]) for array in (x, experts, weights))
+        return _exchange(rows, chosen, shares, n_held, n_devices, apply).reshape(x.shape)
 
     return map_query_blocks(one_block, block, x, experts, weights)
 

@@ -98,7 +98,7 @@ def stream(
     capacity = -(-(longest + max_new_tokens) // CAPACITY_STEP) * CAPACITY_STEP
     cache = init_cache(config, B, min(capacity, config.max_seq_len))
     logits = jnp.zeros((B, config.vocab_size), jnp.float32)
-    prefill, decode = _steps(config)
+    prefill, decode = compiled_steps(config)
     for begin in range(0, padded, chunk):
         part = slice(begin, begin + chunk)
         logits, cache = prefill(params, tokens[:, part], segment_ids[:, part], cache, logits)
@@ -142,7 +142,8 @@ def _check(
 
 
 @functools.lru_cache(maxsize=8)
-def _steps(config: ModelConfig) -> tuple[Any, Any]:
+def compiled_steps(config: ModelConfig) -> tuple[Any, Any]:
+    """The jitted (prefill, decode) that ``stream`` calls; both take the cache's memory for their own."""
     model = Transformer(config)
 
     @functools.partial(jax.jit, donate_argnums=(3, 4))

@@ -17,7 +17,9 @@ def grouped_matmul(
 ) -> Float[Array, "M Y"]:
     """``rows[i] @ weights[e]`` for every row i of group e; the groups follow each other, none is cut short.
 
-    weights is [E X Y]. On TPU this is ``lax.ragged_dot``, which XLA maps to a native kernel. XLA's GPU backend
+    weights is [E X Y]. On TPU this is ``lax.ragged_dot``, which XLA maps to a native kernel on v5p; on v6e and tpu7x
+    libtpu 0.0.52 multiplies every row with every expert, unless perhaps (docs/scaling.md)
+    LIBTPU_INIT_ARGS="--xla_tpu_enable_ragged_dot_kernel=true". XLA's GPU backend
     expands it to E copies of the rows instead (112 GiB for 4096 tokens of V3.2, compiled for H200 with jax
     0.11.2), so there, and on CPU, the rows are multiplied in tiles of one expert each, and weights kept in FP8
     are dequantised one expert at a time.

@@ -1,0 +1,93 @@
+"""Which meshes to try: all that divide the job, ranked by a guess of memory and time."""
+
+import contextlib
+import itertools
+from dataclasses import dataclass
+
+from dsa_jax.sharding import AXES
+from train.aot.job import Job
+
+GIB = 2**30
+
+
+def meshes(job: Job) -> list[dict[str, int]]:
+    """Every mesh of all devices that divides the job."""
+    n = len(job.devices)
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    found = []
+    for expert, context, tensor in itertools.product(divisors, repeat=3):
+        if n % (expert * context * tensor) == 0:
+            sizes = {
+                "data": n // (expert * context * tensor),
+                "expert": expert,
+                "context": context,
+                "tensor": tensor,
+            }
+            with contextlib.suppress(ValueError):
+                job.check(sizes)
+                found.append(sizes)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a mesh is guessed to need before anything is compiled: bytes of a device's memory, seconds of a step."""
+
+    mesh: dict[str, int]
+    bytes: float
+    seconds: float
+
+
+# Counted in the compiled 671B steps: passes over the buffers in which rows wait for their experts; how often a row of
+# the batch passes over the experts' matrices; bytes alive at once for each number of a row that experts share.
+DISPATCH_PASSES = {"train": 40, "warmup": 14, "prefill": 14, "decode": 14}
+EXPERT_PASSES = {"train": 9, "warmup": 1, "prefill": 1, "decode": 0}
+GATHERED_BYTES = {"train": 24, "warmup": 10, "prefill": 10, "decode": 10}
+
+
+def estimate(job: Job, sizes: dict[str, int]) -> Estimate:
+    """A guess that ranks meshes; the compiler has the last word.
+
+    Memory: state, or weights and cache, over all devices; what the backward pass keeps of each layer; the rows that
+    devices with other experts see too. Time, nothing overlapping: arithmetic over all devices; weights, cache and
+    the experts' buffers through main memory; over two links, the matrices that are gathered, rows to the experts and
+    their sums back, latents along a row, sums over heads.
+    """
+    c, mode, chip, n = job.config, job.mode, job.chip, len(job.devices)
+    data, expert, context, tensor = (sizes[axis] for axis in AXES)
+    passes = 3 if job.stage else 1
+    width = 2 if c.param_dtype == "bfloat16" else 4
+    tokens = job.batch / (data * expert) * max(job.queries / context, 1)  # of a device
+    gathered = tokens * expert
+    keys = job.batch / (data * expert) * job.seq_len
+    latent = (c.kv_lora_rank + c.qk_rope_head_dim + c.index_head_dim) * 2
+    experts = 3 * c.d_model * c.d_expert * c.n_routed_experts * (c.n_moe_layers + c.n_mtp_layers)
+    rest = c.param_count() - experts
+
+    memory = c.param_count() * width * (4 if mode == "train" else 1) / n  # with two moments and gradients
+    memory += gathered * c.d_model * GATHERED_BYTES[mode]
+    memory += (
+        (rest / (tensor * c.n_layers) + experts / (expert * tensor * c.n_layers)) * width * 2
+    )  # of one layer
+    if mode == "train":
+        memory += (2 * c.d_model + 4 * c.index_topk) * tokens * c.n_layers
+    if mode == "warmup":
+        memory += keys * c.n_heads / tensor * (c.qk_head_dim + c.v_head_dim) * 6
+    if not job.stage:
+        memory += c.n_layers * latent * keys
+
+    used = rest / tensor + experts / (expert * tensor)  # of the parameters, on one device
+    dispatch = gathered * c.n_activated_experts * c.d_model * 2 * DISPATCH_PASSES[mode] * c.n_moe_layers
+    moved = used * width * passes + dispatch + (0 if job.stage else c.n_layers * latent * keys)
+    moved += job.batch / data * experts / (expert * tensor) * width * EXPERT_PASSES[mode]
+    layer = tokens * c.d_model * (6 * (expert - 1) + 8 * (tensor > 1)) + keys * latent * (context > 1)
+    received = (width * used * (1 - expert * tensor / n) + c.n_layers * layer) * passes
+    seconds = sum(job.flops().values()) / n / chip.bf16_flops
+    seconds += moved / chip.hbm_bandwidth + received / (2 * chip.link_bandwidth)
+    return Estimate(mesh=sizes, bytes=memory, seconds=seconds)
+
+
+def ranked(job: Job) -> list[Estimate]:
+    """All meshes, those that are guessed to fit first, the quickest first among them."""
+    found = [estimate(job, sizes) for sizes in meshes(job)]
+    return sorted(found, key=lambda e: (max(e.bytes / job.chip.hbm_bytes, 1.0), e.seconds))

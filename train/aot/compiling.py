@@ -1,0 +1,205 @@
+"""From a job and a mesh to XLA's compiled program, or to its plan of the memory."""
+
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dsa_jax.cache import init_cache
+from dsa_jax.generate import compiled_steps
+from dsa_jax.sharding import RULES, batch_sharding, cache_shardings, param_shardings
+from dsa_jax.transformer import Transformer
+from train.aot.job import Job, mesh_text
+from train.aot.options import Options
+from train.step import begin_stage, train_step
+
+
+def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+    """(the jitted step, its arguments as shapes with shardings): what train.workflow and dsa_jax.generate run."""
+    config, rows = job.config, P(RULES["batch"])
+
+    def init() -> Any:
+        return Transformer(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+
+    def placed(shapes: Any, shardings: Any) -> Any:
+        place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+        return jax.tree.map(place, shapes, shardings)
+
+    def array(shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    if job.stage:
+        stage = job.stage
+        state = jax.eval_shape(lambda: begin_stage(jnp.int32(0), init(), stage))
+        where = param_shardings(state, config, mesh)
+        spec = batch_sharding(config, mesh, job.batch, job.seq_len).spec
+        batch = {
+            n: array((job.batch, job.seq_len), jnp.int32, spec) for n in ("tokens", "targets", "segment_ids")
+        }
+        step = functools.partial(train_step, config=config, stage=stage)
+        return jax.jit(step, donate_argnums=0, out_shardings=(where, None)), (placed(state, where), batch)
+
+    shapes = jax.eval_shape(init)
+    params = placed(shapes, param_shardings(shapes, config, mesh))
+    cache = placed(
+        jax.eval_shape(lambda: init_cache(config, job.batch, job.seq_len)),
+        cache_shardings(config, mesh, job.batch),
+    )
+    prefill, decode = compiled_steps(config)
+    if job.mode == "decode":
+        return decode, (
+            params,
+            array((job.batch,), jnp.int32, rows),
+            array((job.batch,), jnp.bool_, rows),
+            cache,
+        )
+    tokens = array((job.batch, job.chunk), jnp.int32, batch_sharding(config, mesh, job.batch, job.chunk).spec)
+    last = array((job.batch, config.vocab_size), jnp.float32, P(RULES["batch"], RULES["vocab"]))
+    return prefill, (params, tokens, tokens, cache, last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """memory: bytes of a device by use, with "peak"; capacity: bytes it has; text, live_range: XLA's dumps.
+
+    refused: XLA itself found that it does not fit; peak and capacity are then its numbers.
+    """
+
+    memory: dict[str, int]
+    capacity: int
+    refused: bool
+    text: str
+    live_range: str
+
+
+def compile_step(job: Job, mesh: Mesh, folder: Path) -> Compiled:
+    """Compiles the step to machine code. What does not fit is not an error: its plan comes back with its peak.
+
+    The program is read from what XLA dumps into ``folder``: jaxlib cannot read back every program that libtpu makes
+    (``as_text()``: "async-update instruction should have 1 operands"), and the dump says what lives when.
+    """
+    step, arguments = program(job, mesh)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = step.trace(*arguments).lower(lowering_platforms=("cpu" if job.chip.is_gpu else "tpu",))
+    memory, capacity, refused = {}, int(job.chip.hbm_bytes), None
+    try:
+        compiled = lowered.compile(
+            compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+        )
+        memory = memory_of(compiled.memory_analysis())
+    except jax.errors.JaxRuntimeError as error:
+        refused = refusal(str(error))
+        if refused is None:
+            raise NotImplementedError(f"XLA cannot compile this step: {str(error)[:800]}") from error
+        needed, capacity = refused
+        memory = memory_planned(dumped(folder, "-buffer-assignment.txt")) | {"peak": needed}
+    return Compiled(
+        memory=memory, capacity=capacity, refused=refused is not None, text=dumped(folder, ".txt"),
+        live_range=dumped(folder, "-live-range.txt"),
+    )  # fmt: skip
+
+
+def plan_step(job: Job, options: Options, sizes: Mapping[str, int], folder: Path) -> Compiled:
+    """The same without machine code: another process compiles, and is ended once its dump tells the memory."""
+    alone = dataclasses.replace(
+        options, plan=False, suggest=False, mesh=mesh_text(sizes), dump=folder, json=None, traceback=False
+    )
+    command = [sys.executable, "-m", "train.aot", *_as_arguments(alone)]
+    with (folder / "said.txt").open("w+") as said:
+        child = subprocess.Popen(command, env=child_environment(), stdout=said, stderr=subprocess.STDOUT)
+        try:
+            while child.poll() is None and not dumped(folder, "_after_buffer_assignment.txt"):
+                time.sleep(0.5)
+            if child.poll() is None:
+                time.sleep(1.0)  # that file is the last; it may not be whole, the others are
+            ended = child.poll()
+        finally:
+            child.kill()
+            child.wait()
+        said.seek(0)
+        told = said.read()
+    assignment = dumped(folder, "-buffer-assignment.txt")
+    if ended not in (None, 0, 1) or not assignment:
+        raise ValueError(f"the compiling process ended with {ended}: {told.strip()[-2000:]}")
+    return Compiled(
+        memory=memory_planned(assignment), capacity=int(job.chip.hbm_bytes), refused=ended == 1,
+        text=dumped(folder, ".txt"), live_range=dumped(folder, "-live-range.txt"),
+    )  # fmt: skip
+
+
+def dumped(folder: Path, end: str) -> str:
+    """The text of one of XLA's dumps of the optimised program, "" if it is not there."""
+    found = sorted(folder.glob(f"*after_optimizations{end}"))
+    return found[-1].read_text() if found else ""
+
+
+def child_environment() -> dict[str, str]:
+    """With which another Python finds what this one finds."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def _as_arguments(options: Options) -> list[str]:
+    arguments: list[str] = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value is True:
+            arguments.append(f"--{field.name.replace('_', '-')}")
+        elif value not in (None, False, ""):
+            arguments += [f"--{field.name.replace('_', '-')}", str(value)]
+    return arguments
+
+
+def memory_of(stats: Any) -> dict[str, int]:
+    """From XLA's memory_analysis. Aliased: outputs that take the place of arguments."""
+    return with_peak(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+
+
+def memory_planned(assignment: str) -> dict[str, int]:
+    """The same from XLA's dump of its buffer assignment, without the code, which is not there yet."""
+    found = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries"), 0)
+    for size, what in re.findall(r"^allocation \d+: size (\d+), (.*)$", assignment, re.MULTILINE):
+        color = re.search(r"color (\d+)", what)
+        if color and color[1] != "0":  # not main memory
+            continue
+        is_argument, is_output = "parameter" in what, "maybe-live-out" in what
+        found["arguments"] += int(size) * is_argument
+        found["outputs"] += int(size) * is_output
+        found["aliased"] += int(size) * (is_argument and is_output)
+        found["temporaries"] += int(size) * ("preallocated-temp" in what)
+    return with_peak(**found)
+
+
+def with_peak(**uses: int) -> dict[str, int]:
+    return uses | {"peak": sum(uses.values()) - 2 * uses["aliased"]}
+
+
+def refusal(message: str) -> tuple[int, int] | None:
+    """(bytes needed, bytes there) of XLA's refusal of a program that does not fit, None if that is not what it says."""
+    units = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+    size = r"\(?([\d.]+)([KMGT]?)i?B?\)?"
+    for form in (
+        rf"required for HLO temporaries {size} exceeds available HBM {size}",
+        rf"Used {size} of {size} hbm",
+    ):
+        if found := re.search(form, message):
+            needed, there = (float(found[i]) * 2.0 ** units[found[i + 1]] for i in (1, 3))
+            return round(needed), round(there)
+    return None

@@ -1,0 +1,213 @@
+"""One step of one model over given devices, as the options describe it."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from dsa_jax.checkpoint import from_hf, load_config
+from dsa_jax.chips import CHIPS, Chip
+from dsa_jax.config import ModelConfig, deepseek_v32, glm5, tiny
+from dsa_jax.sharding import AXES, check_mesh, make_mesh
+from train.aot.options import Options
+from train.config import Stage, indexer_warmup, sparse
+from train.flops import forward_flops, training_flops
+from train.loss import switched
+
+CONFIGS = {"deepseek-v3.2": deepseek_v32, "glm-5": glm5, "tiny": tiny}
+STAGES = {"train": sparse(1000, lr=1e-5, index_lr=1e-5), "warmup": indexer_warmup(1000)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One step of one model over given devices of a kind."""
+
+    config: ModelConfig
+    mode: str
+    batch: int
+    seq_len: int
+    chunk: int
+    chip: Chip
+    devices: tuple[Any, ...]
+    xla_options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def stage(self) -> Stage | None:
+        return STAGES.get(self.mode)
+
+    @property
+    def queries(self) -> int:
+        """Tokens of a row that the step computes."""
+        return {"prefill": self.chunk, "decode": 1}.get(self.mode, self.seq_len)
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Refuses a mesh that does not divide the job, with one that does."""
+        mesh = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+        seq_len = None if self.mode == "decode" else self.queries
+        check_mesh(self.config, mesh, batch=self.batch, seq_len=seq_len)
+
+    def flops(self) -> dict[str, float]:
+        """Of one step over all devices, by part (``train.flops``: what mathematics needs)."""
+        if self.stage:
+            parts = training_flops(switched(self.config, self.stage), self.seq_len, self.stage.trains)
+            return {name: value * self.batch * self.seq_len for name, value in parts.items()}
+        # What the last ``queries`` tokens of a row add to those before them; logits of one token.
+        before, head = self.seq_len - self.queries, 2.0 * self.config.d_model * self.config.vocab_size
+        config = dataclasses.replace(self.config, attention_form="mqa") if before else self.config
+        totals = {
+            length: {name: length * value for name, value in forward_flops(config, length).items()}
+            for length in (self.seq_len, before)
+            if length
+        }
+        parts = {n: v - totals.get(before, {}).get(n, 0.0) for n, v in totals[self.seq_len].items()}
+        return {name: value * self.batch for name, value in (parts | {"head": head}).items()}
+
+    def routed_flops(self) -> float:
+        """Of them, the products with routed experts, which the TPU's grouped kernel does inside a custom call."""
+        c = self.config
+        per_token = 6.0 * c.d_model * c.d_expert * c.n_activated_experts * (c.n_moe_layers + c.n_mtp_layers)
+        return per_token * self.batch * self.queries * (3 if self.mode == "train" else 1)
+
+
+def read_config(name: str) -> ModelConfig:
+    """The model of a name, a config.json or a checkpoint folder.
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    path = Path(name)
+    if name in CONFIGS:
+        return CONFIGS[name]()
+    if path.is_file():
+        try:
+            return from_hf(json.loads(path.read_text()))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a config.json: {error}") from error
+    if path.is_dir():
+        return load_config(path)
+    raise ValueError(f"--config must be one of {', '.join(CONFIGS)}, a config.json or a folder, got {name!r}")
+
+
+def read_job(options: Options) -> Job:
+    """Raises ValueError for what contradicts itself."""
+    for name in ("seq_len", "batch", "layers", "chunk", "query_block", "tries"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.chunk and (options.mode != "prefill" or options.chunk > options.seq_len):
+        raise ValueError(
+            f"--chunk is for --mode prefill and at most --seq-len={options.seq_len}, got {options.chunk} and "
+            f"--mode {options.mode}"
+        )
+    if options.plan and CHIPS[chip_and_count(options.topology)[0]].is_gpu:
+        raise ValueError(f"--plan is for TPUs, got --topology {options.topology}")
+    if options.suggest and options.mesh:
+        raise ValueError(f"--suggest chooses the mesh itself, got --mesh {options.mesh} too")
+    config = read_config(options.config)
+    layers = options.layers or config.n_layers
+    training = options.mode in STAGES
+    config = dataclasses.replace(
+        config,
+        n_layers=layers,
+        n_dense_layers=min(config.n_dense_layers, layers),
+        n_mtp_layers=config.n_mtp_layers if training else 0,
+        max_seq_len=max(config.max_seq_len, options.seq_len),
+        param_dtype=options.param_dtype,
+        query_block=options.query_block,
+        remat="layer" if training else "none",
+        implementation="xla",
+    )
+    xla_options = read_xla_options(options.xla)
+    chip, devices = read_topology(options.topology)
+    return Job(
+        config=config, mode=options.mode, batch=options.batch, seq_len=options.seq_len,
+        chunk=options.chunk or options.seq_len, chip=CHIPS[chip], devices=devices,
+        xla_options=() if CHIPS[chip].is_gpu else xla_options,
+    )  # fmt: skip
+
+
+def read_xla_options(text: str) -> tuple[tuple[str, str], ...]:
+    """ "a=true,b=1" -> (("a", "true"), ("b", "1")).
+
+    Raises:
+      ValueError: not of this form.
+    """
+    pairs = [part.partition("=") for part in text.replace(" ", "").split(",") if part]
+    if wrong := [name for name, equals, value in pairs if not (name.startswith("xla_") and equals and value)]:
+        raise ValueError(
+            f"--xla takes names and values, as in xla_a=true,xla_b=1, got {wrong[0]!r} in {text!r}"
+        )
+    return tuple((name, value) for name, _, value in pairs)
+
+
+def chip_and_count(topology: str) -> tuple[str, int]:
+    """ "tpu7x:2x2x1" -> ("tpu7x", 8): the kind of chip and the number of devices.
+
+    Raises:
+      ValueError: not of this form, an unknown chip, or more chips than a pod has.
+    """
+    name, _, shape = topology.partition(":")
+    if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise ValueError(
+            f"--topology must be CHIP:SHAPE with a chip of {', '.join(CHIPS)}, as in v5p:8x8x16, v6e:16x16, "
+            f"tpu7x:4x4x8 or h200:8, got {topology!r}"
+        )
+    chip, chips = CHIPS[name], math.prod(map(int, shape.split("x")))
+    if chips > chip.pod and not chip.is_gpu:
+        raise ValueError(f"a pod of {name} has at most {chip.pod} chips, got {topology} with {chips}")
+    return name, chips * chip.devices_per_chip
+
+
+def read_topology(topology: str) -> tuple[str, tuple[Any, ...]]:
+    """The kind of chip and the devices to compile for.
+
+    Raises:
+      ValueError: not a topology, a shape that no pod has, or libtpu is not there.
+    """
+    chip, count = chip_and_count(topology)
+    if CHIPS[chip].is_gpu:
+        return chip, tuple(jax.devices("cpu")[:count])
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"compiling for {chip} needs libtpu, which is not installed: pip install 'dsa-jax[tpu]'"
+        )
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except jax.errors.JaxRuntimeError as error:
+        cubes = "x".join(str(-(-int(size) // 4) * 4) for size in topology.partition(":")[2].split("x"))
+        raise ValueError(f"{str(error).splitlines()[0]}; {chip}:{cubes} would work") from error
+    return chip, tuple(description.devices)
+
+
+def read_mesh(text: str, job: Job) -> dict[str, int]:
+    """ "data=16,expert=64" -> the size of every axis; data is what is left over unless it is named.
+
+    Raises:
+      ValueError: not of this form, an axis that does not exist, or a mesh that does not divide devices or job.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or not size.isdecimal() or axis in sizes:
+            raise ValueError(
+                f"--mesh takes each of {', '.join(AXES)} once, as in data=16,expert=64, got {part!r}"
+            )
+        sizes[axis] = int(size)
+    others = math.prod(size for axis, size in sizes.items() if axis != "data")
+    sizes.setdefault("data", max(len(job.devices) // max(others, 1), 1))
+    make_mesh(devices=job.devices, **sizes)
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+    job.check(sizes)
+    return sizes
+
+
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
