@@ -39,9 +39,13 @@ def exchanged(
     """
     B, T, D = x.shape
     A = experts.shape[-1]
-    block = max(min(T, BLOCK_BYTES // (B * A * D * x.dtype.itemsize)), 1)
+    at_once = max(BLOCK_BYTES // (B * A * D * x.dtype.itemsize), 1)
+    block = min(
+        T, 1 << at_once.bit_length() - 1
+    )  # a power of two: lengths are multiples of it, or little is padded
 
     def one_block(x, experts, weights):
+        experts = jnp.maximum(experts, 0)  # -1 pads the last block, with rows of 0 and weights of 0
         rows, chosen, shares = (array.reshape(-1, array.shape[-1]) for array in (x, experts, weights))
         return _exchange(rows, chosen, shares, n_held, n_devices, apply).reshape(x.shape)
 
@@ -78,9 +82,8 @@ def _exchange(x, experts, weights, n_held, n_devices, apply):
         outputs = _swap(apply(sent.reshape(-1, size), wanted.reshape(-1)).reshape(sent.shape))
 
         now = (place >= i * rows) & (place < (i + 1) * rows)
-        found = outputs.reshape(-1, size)[jnp.where(now, device * rows + place - i * rows, 0)].reshape(
-            M, A, size
-        )
+        at = jnp.where(now, device * rows + place - i * rows, 0)
+        found = outputs.reshape(-1, size)[at].reshape(M, A, size)
         return (found.astype(jnp.float32) * jnp.where(now.reshape(M, A), weights, 0.0)[..., None]).sum(axis=1)
 
     # Around the condition: inside, it would hand every round's copy of the experts to the backward pass.

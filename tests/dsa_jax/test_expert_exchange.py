@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsa_jax import expert_exchange
 from dsa_jax.config import tiny
 from dsa_jax.expert_exchange import FEWEST, buffer_rows
 from dsa_jax.moe import Moe, moe
@@ -55,6 +56,15 @@ def test_sums_and_gradients_are_those_of_one_device(bias):
         load = alone[0][1][2]
         assert sorted(load)[:4] == [0] * 4 and load.sum() > buffer_rows(2 * T, 3, 4, 2)[0]
     for ours, expected in zip(jax.tree.leaves(exchanged), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
+
+
+def test_blocks_of_tokens_of_which_the_last_is_padded(monkeypatch):
+    monkeypatch.setattr(
+        expert_exchange, "BLOCK_BYTES", 2 * 8 * 3 * CONFIG.d_model * 4
+    )  # 8 of 20 tokens of 2 rows
+    exchanged = run(20, BIAS["as they come"], make_mesh(expert=2, devices=jax.devices()[:2]))
+    for ours, expected in zip(*(jax.tree.leaves(x) for x in (exchanged, run(20, np.zeros(8)))), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
 
 

@@ -130,6 +130,7 @@ def train_until(step, run, folder, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_one_device_goes_on_where_a_mesh_was_killed_and_a_mesh_where_one_device_was(tmp_path, monkeypatch):
     one, mesh = small(), dataclasses.replace(small(), mesh=MeshSpec(expert=2, tensor=2))
     train_until(8, mesh, tmp_path / "changing", monkeypatch)

@@ -48,7 +48,7 @@ def nano_cpu(tmp_path_factory):
     return done.stdout, read_lines(folder / "eval.jsonl")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.xdist_group("quick run")  # its fixture trains for minutes: once, not once a worker
 class TestQuickRun:
     def test_it_prints_what_each_stage_changed(self, nano_cpu):
