@@ -5,7 +5,7 @@
 In the same process it measures three ceilings: an 8192^3 matrix product in bfloat16 and in float8_e4m3fn,
 and a copy in device memory counting bytes read and written. The share of a measurement is the time that its
 matrix products (and, for select_topk, the bytes of its scores) need at the ceilings, over the time it took.
-Calls of less than 0.2 ms are timed by the profiler: the sum of their kernels, without the gaps between launches.
+On a GPU calls of less than 0.2 ms are timed by the profiler: the sum of their kernels, without the gaps between.
 Errors are those of a sample of the queries against ``xla`` in float32 on the same data. Without a GPU or
 TPU the shapes are tiny and the times mean nothing.
 

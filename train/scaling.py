@@ -7,6 +7,7 @@ The first losses are printed in full: for the same rows they are those of any ot
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -16,28 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.transformer import Transformer
+from dsa_jax.sharding import AXES
 from train.config import MeshSpec, Run, Source, sparse
 from train.flops import training_flops
 from train.layout import Layout
 from train.loss import switched
 from train.metrics import memory_bytes
 from train.step import compiled_step
+from train.throughput import medium, random_batch
+from train.workflow import initial_params
 
 
 def large() -> ModelConfig:
     """A model of 2.2 B parameters whose attention has V3.2's dimensions per head and 64 heads."""
-    return ModelConfig(
-        vocab_size=32768, d_model=2048, n_layers=8, n_dense_layers=1, n_heads=64, d_ff=8192, d_expert=1024,
-        q_lora_rank=1024, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-        index_n_heads=16, index_head_dim=128, index_topk=2048, n_routed_experts=32, n_shared_experts=1,
-        n_activated_experts=4, n_expert_groups=4, n_limited_groups=2, route_scale=2.5, max_seq_len=131072,
-        n_mtp_layers=1, mtp_shared_embeddings=True, remat="layer",
-    )  # fmt: skip
+    return dataclasses.replace(medium(), d_model=2048, n_layers=8, d_ff=8192, d_expert=1024, q_lora_rank=1024)
 
 
 def measure(run: Run, steps: int) -> dict[str, Any]:
@@ -45,17 +40,10 @@ def measure(run: Run, steps: int) -> dict[str, Any]:
     and device, bytes of the program's plan and of the device's peak (None where it does not say), compile_seconds.
     """
     layout, stage = Layout(run), run.stages[0]
-    random = np.random.default_rng(0)
-    tokens = random.integers(run.model.vocab_size, size=(run.batch, run.seq_len), dtype=np.int32)
-    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "segment_ids": np.ones_like(tokens)}
+    batch = random_batch(run.model, run.batch, run.seq_len)
     with layout.in_use():
-        initialise, key = Transformer(run.model).init, jax.random.key(0)
-        shapes = jax.eval_shape(initialise, key, jnp.zeros((1, 2), jnp.int32))
-        params = jax.jit(initialise, out_shardings=layout.shardings(shapes))(
-            key, jnp.zeros((1, 2), jnp.int32)
-        )
-        state = layout.begin_stage(0, params, stage)
-        of_device = {name: layout.batch({name: rows[layout.rows]})[name] for name, rows in batch.items()}
+        state = layout.begin_stage(0, initial_params(run, layout=layout), stage)
+        of_device = layout.batch({name: rows[layout.rows] for name, rows in batch.items()})
         begin = time.perf_counter()
         step = compiled_step(run.model, stage, 0.0, layout.mesh).lower(state, of_device).compile()
         compile_seconds = time.perf_counter() - begin
@@ -82,14 +70,14 @@ def measure(run: Run, steps: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.scaling", description=large.__doc__)
-    for axis in ("data", "expert", "context", "tensor"):
+    for axis in AXES:
         parser.add_argument(f"--{axis}", type=int, default=1, help="ways in which this axis splits the work")
     parser.add_argument("--rows", type=int, default=2, help="rows of a step, on all devices together")
     parser.add_argument("--length", type=int, default=32768, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=4, help="steps, of which the first is not timed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
     options = parser.parse_args(arguments)
-    axes = {axis: getattr(options, axis) for axis in ("data", "expert", "context", "tensor")}
+    axes = {axis: getattr(options, axis) for axis in AXES}
     run = Run(
         model=large(),
         stages=(sparse(options.steps, lr=1e-4, index_lr=1e-3),),

@@ -84,6 +84,16 @@ def medium() -> ModelConfig:
     )  # fmt: skip
 
 
+def random_batch(config: ModelConfig, batch: int, length: int) -> dict[str, np.ndarray]:
+    """Rows [B T] of random tokens, each one document; always the same."""
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(batch, length), dtype=np.int32)
+    return {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "segment_ids": np.ones_like(tokens),
+    }
+
+
 def throughput(
     config: ModelConfig,
     lengths: Sequence[int],
@@ -111,12 +121,7 @@ def throughput(
         params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     rows = []
     for length in lengths:
-        tokens = np.random.default_rng(0).integers(config.vocab_size, size=(batch, length), dtype=np.int32)
-        inputs = {
-            "tokens": jnp.asarray(tokens),
-            "targets": jnp.asarray(np.roll(tokens, -1, axis=1)),
-            "segment_ids": jnp.ones((batch, length), jnp.int32),
-        }
+        inputs = {name: jnp.asarray(x) for name, x in random_batch(config, batch, length).items()}
         for name, timed in passes.items():
             for attention in attentions:
                 switched = dataclasses.replace(config, attention=attention)

@@ -1,7 +1,6 @@
 """From a job and a mesh to XLA's compiled program, or to its plan of the memory."""
 
 import dataclasses
-import functools
 import os
 import re
 import subprocess
@@ -19,11 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from dsa_jax.cache import init_cache
 from dsa_jax.generate import compiled_steps
-from dsa_jax.sharding import RULES, batch_sharding, cache_shardings, param_shardings
+from dsa_jax.sharding import RULES, batch_sharding, cache_shardings, mesh_text, param_shardings
 from dsa_jax.transformer import Transformer
-from train.aot.job import Job, mesh_text
+from train.aot.job import Job
 from train.aot.options import Options
-from train.step import begin_stage, train_step
+from train.step import begin_stage, compiled_step
 
 
 def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
@@ -48,8 +47,7 @@ def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
         batch = {
             n: array((job.batch, job.seq_len), jnp.int32, spec) for n in ("tokens", "targets", "segment_ids")
         }
-        step = functools.partial(train_step, config=config, stage=stage)
-        return jax.jit(step, donate_argnums=0, out_shardings=(where, None)), (placed(state, where), batch)
+        return compiled_step(config, stage, 0.0, mesh), (placed(state, where), batch)
 
     shapes = jax.eval_shape(init)
     params = placed(shapes, param_shardings(shapes, config, mesh))

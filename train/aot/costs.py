@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from dsa_jax import aot
 from dsa_jax.chips import Chip
-from dsa_jax.sharding import make_mesh
+from dsa_jax.sharding import make_mesh, mesh_text
 from train.aot.compiling import Compiled, compile_step, dumped, plan_step
-from train.aot.job import Job, mesh_text
+from train.aot.job import Job
 from train.aot.options import Options
 
 

@@ -207,7 +207,3 @@ def read_mesh(text: str, job: Job) -> dict[str, int]:
     sizes = {axis: sizes.get(axis, 1) for axis in AXES}
     job.check(sizes)
     return sizes
-
-
-def mesh_text(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)

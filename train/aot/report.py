@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dsa_jax.sharding import AXES
+from dsa_jax.sharding import AXES, mesh_text
 from train.aot.choosing import Estimate
-from train.aot.job import Job, mesh_text
+from train.aot.job import Job
 from train.aot.options import Options
 
 GIB = 2**30
