@@ -18,6 +18,22 @@ def block_size(n_queries: int, bytes_per_query: int) -> int:
     return min(block, n_queries)
 
 
+def block_of_heads(
+    n_queries: int, n_heads: int, wide: int, bytes_per_query: Callable[[int], int]
+) -> tuple[int, int]:
+    """Queries a block and heads at a time: the most heads with which a block is ``wide``, or else as wide as with one.
+
+    bytes_per_query: of that many heads.
+    """
+
+    def block(heads: int) -> int:
+        return block_size(n_queries, bytes_per_query(heads))
+
+    enough = min(wide, block(1))
+    heads = next(n for n in range(n_heads, 0, -1) if n_heads % n == 0 and block(n) >= enough)
+    return block(heads), heads
+
+
 def split_queries(array: jax.Array, block: int) -> jax.Array:
     """[B T ...] -> [T/block B block ...]; T is padded up with 0, or -1 for integers (which mean "no key")."""
     padding = -array.shape[1] % block

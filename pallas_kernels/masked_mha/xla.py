@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.arithmetic import accumulator, einsum, exponentials, probabilities
-from pallas_kernels.blocking import block_size, join_queries, map_query_blocks, split_queries
+from pallas_kernels.blocking import block_of_heads, block_size, join_queries, map_query_blocks, split_queries
 from pallas_kernels.keys import visible
 
 WIDE = 512  # queries a block, at which the keys' traffic is a small part of the logits'
@@ -122,7 +122,7 @@ def _map_heads(function: Callable[..., Any], per_head: tuple[Array, ...], per_ro
     wide = min(T, WIDE)
     if _block(T, B * N, S) >= wide or B * N == 1:
         return function(per_head, per_row)
-    heads = next(n for n in range(N, 0, -1) if N % n == 0 and (_block(T, n, S) >= wide or n == 1))
+    _, heads = block_of_heads(T, N, WIDE, lambda heads: _bytes(heads, S))
 
     def split(x):  # [B . N ...] -> [B N/heads . heads ...]
         return jnp.moveaxis(x.reshape(*x.shape[:2], -1, heads, *x.shape[3:]), 2, 1)
@@ -142,7 +142,11 @@ def _queries_per_block(q: jax.Array, k: jax.Array) -> int:
 
 
 def _block(T: int, rows_and_heads: int, S: int) -> int:
-    return block_size(T, rows_and_heads * S * 3 * 4)  # logits, p and a copy in float32
+    return block_size(T, _bytes(rows_and_heads, S))
+
+
+def _bytes(rows_and_heads: int, S: int) -> int:
+    return rows_and_heads * S * 3 * 4  # logits, p and a copy in float32
 
 
 def _seen(key_start, key_stop, topk_indices, S) -> Bool[Array, "B T S"]:

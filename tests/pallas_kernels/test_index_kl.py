@@ -9,6 +9,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import blocking
+from pallas_kernels.index_kl import xla
 
 SCALE = 0.3
 
@@ -45,53 +46,84 @@ def lse_of(logits, seen):
     return jax.nn.logsumexp(jnp.where(seen[:, :, None], logits, -jnp.inf), axis=-1)
 
 
+def dense_form(a, start, stop):
+    """The dense loss of (q, k, weights), and naive's logits and seen."""
+    slots = jnp.arange(a["k"].shape[1])
+    seen = (start[..., None] <= slots) & (slots < stop[..., None])
+    logits = jnp.einsum("BTNP,BSNP->BTNS", a["q_nope"], a["k_nope"])
+    logits = SCALE * (logits + jnp.einsum("BTNR,BSR->BTNS", a["q_rope"], a["k_rope"]))
+    attention = (a["q_nope"], a["q_rope"], a["k_nope"], a["k_rope"], lse_of(logits, seen), start, stop)
+    ours = lambda *indexer: pk.index_kl_dense(*indexer, *attention, a["token_weights"], scale=SCALE)  # noqa: E731
+    return ours, logits, seen
+
+
+def selected_form(a, indices):
+    """The same of the loss over the listed keys."""
+    seen = (indices[..., None] == jnp.arange(a["k"].shape[1])).any(axis=2)
+    logits = jnp.einsum("BTNC,BSC->BTNS", a["q_latent"], a["latent"])
+    logits = SCALE * (logits + jnp.einsum("BTNR,BSR->BTNS", a["q_rope"], a["k_rope"]))
+    attention = (a["q_latent"], a["q_rope"], a["latent"], a["k_rope"], lse_of(logits, seen), indices)
+    ours = lambda *indexer: pk.index_kl_selected(*indexer, *attention, a["token_weights"], scale=SCALE)  # noqa: E731
+    return ours, logits, seen
+
+
+def check_against_autodiff(a, ours, logits, seen):
+    """Loss, kl and gradients of one of the forms; query [0, 3] has no keys."""
+
+    def loss(*indexer):
+        total, kl = ours(*indexer)
+        return 2.0 * total, kl
+
+    def expected(*indexer):
+        return 2.0 * naive(*indexer, logits, seen, a["token_weights"])
+
+    indexer = (a["q"], a["k"], a["weights"])
+    total, kl = loss(*indexer)
+    (total_again, kl_again), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*indexer)
+    for found in (total, total_again):
+        np.testing.assert_allclose(found, expected(*indexer), rtol=1e-12)
+    for found, of_naive in zip(gradients, jax.grad(expected, (0, 1, 2))(*indexer), strict=True):
+        np.testing.assert_allclose(found, of_naive, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(kl, kl_again, rtol=1e-12)
+    assert kl[0, 3] == 0 and (kl >= -1e-12).all()
+    assert (gradients[0][0, 3] == 0).all() and (gradients[2][0, 3] == 0).all()
+
+
 @pytest.mark.parametrize("block", [None, 2])
 @pytest.mark.parametrize("form", ["dense", "selected"])
 def test_loss_and_gradients_equal_autodiff_in_float64(form, block, monkeypatch):
     if block:
         monkeypatch.setattr("pallas_kernels.index_kl.xla.block_size", lambda *_: block)
+        monkeypatch.setattr(blocking, "block_size", lambda *_: block)
     with jax.enable_x64(True):
         a, start, stop, indices = case(np.random.default_rng(0), np.float64)
-        slots = jnp.arange(11)
-        if form == "dense":
-            seen = (start[..., None] <= slots) & (slots < stop[..., None])
-            logits = SCALE * (
-                jnp.einsum("BTNP,BSNP->BTNS", a["q_nope"], a["k_nope"])
-                + jnp.einsum("BTNR,BSR->BTNS", a["q_rope"], a["k_rope"])
-            )
-            attention = (
-                a["q_nope"],
-                a["q_rope"],
-                a["k_nope"],
-                a["k_rope"],
-                lse_of(logits, seen),
-                start,
-                stop,
-            )
-            ours = functools.partial(pk.index_kl_dense, scale=SCALE)
-        else:
-            seen = (indices[..., None] == slots).any(axis=2)
-            logits = SCALE * (
-                jnp.einsum("BTNC,BSC->BTNS", a["q_latent"], a["latent"])
-                + jnp.einsum("BTNR,BSR->BTNS", a["q_rope"], a["k_rope"])
-            )
-            attention = (a["q_latent"], a["q_rope"], a["latent"], a["k_rope"], lse_of(logits, seen), indices)
-            ours = functools.partial(pk.index_kl_selected, scale=SCALE)
+        given = dense_form(a, start, stop) if form == "dense" else selected_form(a, indices)
+        check_against_autodiff(a, *given)
 
-        def loss(q, k, weights):
-            return 2.0 * ours(q, k, weights, *attention, a["token_weights"])[0]
 
-        def expected(q, k, weights):
-            return 2.0 * naive(q, k, weights, logits, seen, a["token_weights"])
+@pytest.mark.parametrize(
+    ("numbers", "wide", "of_attention", "of_indexer"),
+    [(8, 4, (4, 3), (4, 2)), (6, 128, (4, 2), (4, 2)), (2, 128, (2, 1), (2, 1))],
+)
+def test_few_heads_at_a_time_give_what_all_heads_give(numbers, wide, of_attention, of_indexer, monkeypatch):
+    """Blocks of 2 or 4 of 11 queries, each with several groups of the 6 heads and of the 4 index heads."""
+    B, S = 2, 11
+    monkeypatch.setattr(blocking, "WORKSPACE_BYTES", 4 * B * S * 4 * numbers)  # of 4 queries
+    monkeypatch.setattr(xla, "WIDE", wide)
+    per_query = lambda heads: B * S * 4 * (2 + 2 * heads)  # noqa: E731
+    assert blocking.block_of_heads(11, 6, wide, per_query) == of_attention
+    assert blocking.block_of_heads(11, 4, wide, per_query) == of_indexer
+    with jax.enable_x64(True):
+        a, start, stop, _ = case(np.random.default_rng(4), np.float64, B=B, N=6)
+        check_against_autodiff(a, *dense_form(a, start, stop))
 
-        inputs = (a["q"], a["k"], a["weights"])
-        np.testing.assert_allclose(loss(*inputs), expected(*inputs), rtol=1e-12)
-        for ours_d, expected_d in zip(
-            jax.grad(loss, (0, 1, 2))(*inputs), jax.grad(expected, (0, 1, 2))(*inputs), strict=True
-        ):
-            np.testing.assert_allclose(ours_d, expected_d, rtol=1e-10, atol=1e-13)
-        _, kl = ours(*inputs, *attention, a["token_weights"])
-        assert kl[0, 3] == 0 and (kl >= -1e-12).all()
+
+@pytest.mark.parametrize(
+    ("S", "heads", "block_of_heads"),
+    [(2**17, 128, (128, 1)), (2**15, 128, (128, 4)), (2**12, 128, (128, 32)), (64, 3, (64, 3))],
+)
+def test_a_block_has_many_queries_however_long_the_row(S, heads, block_of_heads):
+    assert blocking.block_of_heads(S, heads, xla.WIDE, lambda n: S * 4 * (2 + 2 * n)) == block_of_heads
 
 
 def test_a_silent_indexer_is_uniform():
