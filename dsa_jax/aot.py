@@ -449,10 +449,21 @@ def _read_of(source: Instruction, body: Computation, whole: float, program: Prog
         elif user.opcode == "fusion":
             inner = program.computations[_callees(user)[0]]
             parameters = {int(i.operands[0]): i for i in inner.values() if i.opcode == "parameter"}
-            total += _read_of(parameters[user.operands.index(source.name)], inner, whole, program)
+            parameter = parameters[user.operands.index(source.name)]
+            total += _read_of(parameter, inner, whole, program)
+            if _is_result(parameter, inner):
+                total += _read_of(user, body, whole, program)
         elif not (first and user.opcode in ("dynamic-update-slice", "scatter")):
             return whole
     return total
+
+
+def _is_result(source: Instruction, body: Computation) -> bool:
+    """Whether a fusion only hands on this parameter, in another shape."""
+    root = next(instruction for instruction in body.values() if instruction.is_root)
+    while root.opcode == "bitcast":
+        root = body[root.operands[0]]
+    return root is source
 
 
 def _written_by(body: Computation) -> float:

@@ -213,6 +213,29 @@ ENTRY %main (stack: f32[64,8,128], i: s32[]) -> f32[64,8,128] {
     ]
 
 
+def test_an_operand_that_an_inner_fusion_only_reshapes_is_read():
+    text = """%reshape (q0: f32[64,1024]) -> f32[64,8,128] {
+  %q0 = f32[64,1024]{1,0:T(8,128)} parameter(0)
+  ROOT %b = f32[64,8,128]{2,1,0:T(8,128)} bitcast(%q0)
+}
+
+%multiply (p0: f32[64,1024], p1: f32[8,128]) -> f32[64,8,128] {
+  %p0 = f32[64,1024]{1,0:T(8,128)} parameter(0)
+  %p1 = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %inner = f32[64,8,128]{2,1,0:T(8,128)} fusion(%p0), kind=kLoop, calls=%reshape
+  %wide = f32[64,8,128]{2,1,0:T(8,128)} broadcast(%p1), dimensions={1,2}
+  ROOT %product = f32[64,8,128]{2,1,0:T(8,128)} multiply(%inner, %wide)
+}
+
+ENTRY %main (x: f32[64,1024], y: f32[8,128]) -> f32[64,8,128] {
+  %x = f32[64,1024]{1,0:T(8,128)} parameter(0)
+  %y = f32[8,128]{1,0:T(8,128)} parameter(1)
+  ROOT %out = f32[64,8,128]{2,1,0:T(8,128)} fusion(%x, %y), kind=kLoop, calls=%multiply
+}
+"""
+    assert hbm_traffic(parse(text)) == 4 * (64 * 1024 + 8 * 128 + 64 * 1024)
+
+
 @pytest.mark.parametrize(
     ("shape", "size"),
     [
