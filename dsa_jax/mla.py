@@ -13,11 +13,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
 from dsa_jax.cache import Placement
+from dsa_jax.causal_balance import balanced
 from dsa_jax.config import ModelConfig
 from dsa_jax.fp8_weight import as_matrix
 from dsa_jax.indexer import Indexer, index_keys, index_queries
@@ -25,7 +27,7 @@ from dsa_jax.linear import linear
 from dsa_jax.norm import rms_norm
 from dsa_jax.quantize import BLOCK, fake_quantize, quantize
 from dsa_jax.rope import Rotation, rotate_interleaved
-from dsa_jax.sharding import Partial, local
+from dsa_jax.sharding import Partial, local, query_axes
 from pallas_kernels.blocking import map_query_blocks
 from pallas_kernels.keys import visible
 
@@ -131,8 +133,9 @@ def attend(
     chosen, extras = None, {}
     if selects:
         per_query = ("batch", "queries", None)
+        with_scores, split_over = "index_scores" in captured, query_axes(x.shape[1])
         selection = local(
-            partial(select, config=config, with_scores="index_scores" in captured),
+            partial(select, config=config, with_scores=with_scores, split_over=split_over),
             in_axes=(per_query, per_query, per_query, per_query[:2], ("batch", None, None), ()),
             out_axes=(per_query, per_query),
         )
@@ -163,18 +166,27 @@ def select(
     indexer: Parameters,
     config: ModelConfig,
     with_scores: bool = False,
+    split_over: tuple[str, ...] = (),
+    balance: bool | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T S"] | None]:
-    """The indexer's choice for each query, and the index scores if they are wanted."""
+    """The indexer's choice for each query, and the index scores if they are wanted.
+
+    split_over: inside ``local``, the mesh axes that the queries of a row are split over. Their devices even out the
+    work (``causal_balance``) if ``balance``, or if that is None and it pays; never for an odd T or for scores.
+    """
     # In float32 the FP8 values are multiplied as float32: tensor cores add FP8 products in fewer bits.
     in_fp8 = config.index_fp8 and index_k.dtype == jnp.bfloat16
     in_fp8 = in_fp8 and config.index_head_dim == BLOCK and x.shape[1] >= FP8_QUERIES
     k, k_scale = in_fp8_with_scale(index_k) if in_fp8 else (index_k, None)
 
-    def one_block(x, q_compressed, cos, sin, key_start, key_stop):
+    def index_queries_of(x, q_compressed, cos, sin):
         q, weights = index_queries(x, q_compressed, (cos, sin), indexer, config)
         if in_fp8:
             q, q_scale = in_fp8_with_scale(q)
             weights = weights * q_scale
+        return q, weights
+
+    def choose(q, weights, key_start, key_stop):
         scores = kernels.index_scores(
             q, k, weights, key_start, key_stop, k_scale=k_scale, implementation=config.implementation
         )
@@ -186,6 +198,19 @@ def select(
             implementation=config.implementation,
         )
         return indices, scores if with_scores else None
+
+    T = x.shape[1]
+    if balance is None:  # a kernel skips keys that no query of a block sees; XLA multiplies all
+        sizes = config.index_n_heads, config.index_head_dim
+        balance = kernels.index_scores_has_kernel(*sizes, k.dtype, config.implementation)
+    if balance and split_over and T % 2 == 0 and not with_scores:
+        q, weights = map_query_blocks(index_queries_of, config.query_block, x, q_compressed, *rotation)
+        choose_all = balanced(partial(map_query_blocks, choose, config.query_block), split_over)
+        return choose_all(*lax.stop_gradient((q, weights)), *bounds)
+
+    def one_block(x, q_compressed, cos, sin, key_start, key_stop):
+        q, weights = index_queries_of(x, q_compressed, cos, sin)
+        return choose(q, weights, key_start, key_stop)
 
     return map_query_blocks(one_block, config.query_block, x, q_compressed, *rotation, *bounds)
 

@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ def make_mesh(
     sizes = {"data": data, "expert": expert, "context": context, "tensor": tensor}
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != n_devices:
         raise ValueError(
-            f"the mesh {_text(sizes)} has {math.prod(sizes.values())} devices, but there are {n_devices}; "
+            f"the mesh {mesh_text(sizes)} has {math.prod(sizes.values())} devices, but there are {n_devices}; "
             f"{_nearest(sizes, n_devices, lambda _: True)} would work"
         )
     shape = tuple(sizes[axis] for axis in AXES)
@@ -154,11 +154,12 @@ def _nearest(asked: dict[str, int], n_devices: int, fits: Callable[[dict[str, in
         ]
         if meshes := [mesh for mesh in meshes if fits(mesh)]:
             best = min(meshes, key=lambda m: sum(abs(math.log(m[a] / max(asked[a], 1))) for a in AXES))
-            return _text(best) + ("" if total == n_devices else f" on {total} of the devices")
+            return mesh_text(best) + ("" if total == n_devices else f" on {total} of the devices")
     raise AssertionError("one device fits everything")
 
 
-def _text(sizes: dict[str, int]) -> str:
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """ "data=2, expert=4, context=1, tensor=1"."""
     return ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
 
 
@@ -259,6 +260,13 @@ def expert_devices(n_rows: int) -> int:
     """How many devices exchange tokens of a batch of so many rows: they hold other experts, and other rows. Else 1."""
     mesh = _mesh_in_use()
     return mesh.shape[EXPERT_AXIS] if mesh and EXPERT_AXIS in (_split("batch", n_rows, mesh) or ()) else 1
+
+
+def query_axes(n_queries: int) -> tuple[str, ...]:
+    """The mesh axes over which ``local`` splits so many "queries" of a row, in the order of the chunks. Else ()."""
+    mesh = _mesh_in_use()
+    axes = (_split("queries", n_queries, mesh) or ()) if mesh else ()
+    return tuple(axis for axis in axes if mesh and mesh.shape[axis] > 1)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -24,7 +24,7 @@ A missing key is ``-1`` in ``topk_indices``, and nothing else means missing.
 """
 
 from pallas_kernels.index_kl import index_kl_dense, index_kl_selected
-from pallas_kernels.index_scores import index_scores
+from pallas_kernels.index_scores import index_scores, index_scores_has_kernel
 from pallas_kernels.masked_mha import masked_mha
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.sparse_mla import sparse_mla, sparse_mla_has_kernel
@@ -33,6 +33,7 @@ __all__ = [
     "index_kl_dense",
     "index_kl_selected",
     "index_scores",
+    "index_scores_has_kernel",
     "masked_mha",
     "select_topk",
     "sparse_mla",

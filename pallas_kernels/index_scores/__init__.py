@@ -1,14 +1,21 @@
 """index_scores: the lightning indexer's score of every visible key for every query."""
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.dispatch import dispatch, lazy
+from pallas_kernels.dispatch import dispatch, has_kernel, lazy
 from pallas_kernels.index_scores import xla
 
 _IMPLEMENTATIONS = {
     "xla": xla.index_scores,
     "mosaic_gpu": lazy("pallas_kernels.index_scores.mosaic_gpu", "index_scores"),
 }
+_CHECKS = {"mosaic_gpu": lazy("pallas_kernels.index_scores.mosaic_gpu", "check")}
+
+
+def index_scores_has_kernel(I: int, J: int, dtype: jnp.dtype, implementation: str | None = None) -> bool:
+    """Whether ``index_scores`` of queries of these sizes and dtype runs a kernel here, and not XLA."""
+    return has_kernel(_CHECKS, implementation, I, J, dtype)
 
 
 def index_scores(

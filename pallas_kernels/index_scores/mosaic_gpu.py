@@ -83,15 +83,19 @@ def index_scores(
     Raises:
       NotImplementedError: no Hopper GPU, a dtype other than bfloat16 and float8_e4m3fn, J != 128 or I > 64.
     """
+    check(*q.shape[2:], q.dtype)
+    return _scores(q, k, weights, key_start, key_stop, k_scale)
+
+
+def check(I: int, J: int, dtype: jnp.dtype) -> None:
+    """Raises NotImplementedError if no queries of these sizes and dtype can be served here."""
     tc.require_hopper()
-    I, J = q.shape[2:]
-    if q.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
-        raise NotImplementedError(f"the kernel multiplies bfloat16 or float8_e4m3fn, got {q.dtype}")
+    if dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        raise NotImplementedError(f"the kernel multiplies bfloat16 or float8_e4m3fn, got {dtype}")
     if J != WIDTH or I > 64:
         raise NotImplementedError(
             f"the kernel needs index_head_dim {WIDTH} and at most 64 heads, got {J=}, {I=}"
         )
-    return _scores(q, k, weights, key_start, key_stop, k_scale)
 
 
 @jax.custom_vjp
