@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.fp8_weight import Fp8Weight, as_matrix
@@ -10,6 +11,8 @@ from dsa_jax.fp8_weight import Fp8Weight, as_matrix
 # Rows of one expert that are multiplied at once where there is no native grouped product: at least TILE, and a
 # quarter of what an expert gets on average. The last tile of an expert is part empty; more tiles cost more launches.
 TILE = 128
+# Rows, common dimension and columns that the TPU's kernel multiplies at once: 8 MB of its memory in bfloat16.
+KERNEL_TILE = (512, 512, 1024)
 
 
 def grouped_matmul(
@@ -17,21 +20,35 @@ def grouped_matmul(
 ) -> Float[Array, "M Y"]:
     """``rows[i] @ weights[e]`` for every row i of group e; the groups follow each other, none is cut short.
 
-    weights is [E X Y]. On TPU this is ``lax.ragged_dot``, which XLA maps to a native kernel on v5p; on v6e and tpu7x
-    libtpu 0.0.52 multiplies every row with every expert, unless perhaps (docs/scaling.md)
-    LIBTPU_INIT_ARGS="--xla_tpu_enable_ragged_dot_kernel=true". XLA's GPU backend
-    expands it to E copies of the rows instead (112 GiB for 4096 tokens of V3.2, compiled for H200 with jax
-    0.11.2), so there, and on CPU, the rows are multiplied in tiles of one expert each, and weights kept in FP8
-    are dequantised one expert at a time.
+    weights is [E X Y]. Rows behind the last group give anything. On TPU this is JAX's own Pallas kernel: of XLA's
+    ``lax.ragged_dot`` libtpu 0.0.52 multiplies every row with every expert on v6e and tpu7x. XLA's GPU backend expands
+    that to E copies of the rows (112 GiB for 4096 tokens of V3.2, compiled for H200 with jax 0.11.2), so there, and
+    on CPU, the rows are multiplied in tiles of one expert each, and weights kept in FP8 are dequantised one
+    expert at a time.
     """
-    return lax.platform_dependent(rows, weights, group_sizes, tpu=ragged, default=tiled)
+    return lax.platform_dependent(rows, weights, group_sizes, tpu=megablox, default=tiled)
 
 
-def ragged(rows: Array, weights: Array | Fp8Weight, group_sizes: Array) -> Array:
-    """``lax.ragged_dot`` in the dtype of rows."""
-    # "highest" as JAX's default precision is for float32; the TPU's grouped product refuses it for bfloat16.
-    precision = None if rows.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.ragged_dot(rows, as_matrix(weights, rows.dtype), group_sizes, precision=precision)
+def megablox(rows: Array, weights: Array | Fp8Weight, group_sizes: Array, interpret: bool = False) -> Array:
+    """The same by ``jax.experimental.pallas.ops.tpu.megablox``, whose rows must be whole tiles."""
+    n_rows = rows.shape[0]
+    rows = jnp.pad(rows, ((0, -n_rows % (KERNEL_TILE[0] if n_rows > KERNEL_TILE[0] else TILE)), (0, 0)))
+    weights = as_matrix(weights, rows.dtype)
+    options = (
+        rows.dtype,
+        _kernel_tile,
+        None,
+        None,
+        False,
+        interpret,
+    )  # not by name: two are not differentiated
+    return gmm(rows, weights, group_sizes.astype(jnp.int32), *options)[:n_rows]
+
+
+def _kernel_tile(m: int, k: int, n: int) -> tuple[int, int, int]:
+    """Of the product [m k] x [k n], and of those for its gradients."""
+    rows, shared, columns = KERNEL_TILE
+    return rows if m % rows == 0 else TILE, min(shared, k), min(columns, n)
 
 
 @jax.custom_vjp

@@ -1,4 +1,6 @@
-"""The grouped product in tiles equals lax.ragged_dot and a loop, gradients included."""
+"""The grouped product in tiles, and the TPU's kernel interpreted, equal a loop, gradients included."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,12 @@ SIZES = {
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_tiles_equal_a_loop_over_experts(sizes):
+@pytest.mark.parametrize(
+    "function",
+    [grouped.tiled, functools.partial(grouped.megablox, interpret=True), grouped.grouped_matmul],
+    ids=["tiled", "megablox", "default"],
+)
+def test_groups_equal_a_loop_over_experts(sizes, function):
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((sum(sizes), 24)).astype(np.float32)
     weights = rng.standard_normal((len(sizes), 24, 16)).astype(np.float32)
@@ -26,15 +33,14 @@ def test_tiles_equal_a_loop_over_experts(sizes):
     groups = np.repeat(np.arange(len(sizes)), sizes)
     expected = np.einsum("MX,MXY->MY", rows, weights[groups])
     d_weights = np.stack([rows[groups == e].T @ d_out[groups == e] for e in range(len(sizes))])
-    for function in (grouped.tiled, grouped.ragged, grouped.grouped_matmul):
-        inputs = jnp.asarray(rows), jnp.asarray(weights)
-        out, pull = jax.vjp(lambda r, w: function(r, w, jnp.asarray(sizes)), *inputs)  # noqa: B023
-        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
-        d_rows_ours, d_weights_ours = pull(jnp.asarray(d_out))
-        np.testing.assert_allclose(
-            d_rows_ours, np.einsum("MY,MXY->MX", d_out, weights[groups]), rtol=2e-5, atol=2e-5
-        )
-        np.testing.assert_allclose(d_weights_ours, d_weights, rtol=2e-5, atol=5e-5)
+    inputs = jnp.asarray(rows), jnp.asarray(weights)
+    out, pull = jax.vjp(lambda r, w: function(r, w, jnp.asarray(sizes)), *inputs)
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+    d_rows_ours, d_weights_ours = pull(jnp.asarray(d_out))
+    np.testing.assert_allclose(
+        d_rows_ours, np.einsum("MY,MXY->MX", d_out, weights[groups]), rtol=2e-5, atol=2e-5
+    )
+    np.testing.assert_allclose(d_weights_ours, d_weights, rtol=2e-5, atol=5e-5)
 
 
 def test_weights_in_fp8_are_dequantised_expert_by_expert():
