@@ -10,9 +10,9 @@
     python -m train.arms text --data data/stdlib --folder runs/arms_text [--seeds 0 1 2] [--dense-steps N ...]
     python -m train.arms recall --folder runs/arms_recall
 
-``text``: Python's sources, and facts hidden in them that are asked for at the end of the row. ``recall``:
-associative recall with a pair in one token, nothing else. Every arm is judged on the same held-out rows. Writes
-seedN.json after every arm, and from all of these in the folder (seeds may run in separate processes) arms.md and
+``text``: Python's sources, and facts hidden in them, of one token each, that are asked for at the end of the row.
+``recall``: associative recall with a pair in one token, nothing else. Every arm is judged on the same held-out rows.
+Writes seedN.json after every arm, and from all of these in the folder (seeds may run in separate processes) arms.md and
 arms.png. ``--tiny`` runs everything small, to see that it works.
 """
 
@@ -32,12 +32,12 @@ from rich.console import Console
 from dsa_jax.config import ModelConfig
 from train.config import Run, Source, Stage, dense, indexer_warmup, sparse
 from train.evaluate import indexer_quality, needle_accuracy, score
-from train.runs import needles
-from train.sources import rows_of, validation_batches
+from train.sources import n_ids, rows_of, validation_batches
 from train.synthetic import Needles
 from train.workflow import DEPTHS, initial_params, train
 
 Attention = Literal["dense", "sparse", "window"]
+WORDS = 4096  # of the tokenizer that `python -m train.prepare` trains; the facts' ids are behind them
 TITLES = {
     "A": "dense continued",
     "B": "warm-up, sparse, L_I (the recipe)",
@@ -50,8 +50,13 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Steps of the common dense stage, of the indexer's warm-up and of every arm; rows and tokens of a step."""
+    """Steps of the common dense stage, of the indexer's warm-up and of every arm; rows and tokens of a step.
 
+    fact_steps: before the dense stage, on rows a quarter as long and four times as many that ask for facts alone:
+    beside the text's thousand targets a row's few answers teach nothing.
+    """
+
+    fact_steps: int = 0
     dense_steps: int = 1200
     warmup_steps: int = 240
     arm_steps: int = 240
@@ -63,17 +68,22 @@ class Budget:
 def sources(task: str, budget: Budget, data: str | None) -> tuple[Source, ...]:
     """The last one asks for facts."""
     if task == "recall":
-        options = (("n_keys", 32), ("n_values", 16), ("n_pairs", budget.n_facts))
-        return (Source(kind="associative_recall", options=options),)
+        pairs = (("n_keys", 32), ("n_values", 16), ("n_pairs", budget.n_facts))
+        return (Source(kind="associative_recall", options=pairs),)
     if data is None:
         raise ValueError("the task 'text' needs --data, the folder that `python -m train.prepare` wrote")
-    return Source(kind="text", folder=data), needles(data, budget.n_facts)
+    first, n_keys, n_values = WORDS, 32, 16
+    keys, values = first + n_keys * n_values, first + n_keys * n_values + n_keys
+    ids = {"first_fact": first, "first_key": keys, "first_value": values}
+    options = {"n_needles": budget.n_facts, "n_keys": n_keys, "n_values": n_values} | ids
+    facts = Source(kind="needles", folder=data, options=tuple(options.items()))
+    return Source(kind="text", folder=data), facts
 
 
-def model_config(seq_len: int) -> ModelConfig:
+def model_config(seq_len: int, vocab_size: int) -> ModelConfig:
     """About 4 M parameters, with index_topk a sixteenth of the row."""
     return ModelConfig(
-        vocab_size=4096, d_model=192, n_layers=4, n_dense_layers=1, n_heads=6, d_ff=512, d_expert=96,
+        vocab_size=vocab_size, d_model=192, n_layers=4, n_dense_layers=1, n_heads=6, d_ff=512, d_expert=96,
         q_lora_rank=96, kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
         index_n_heads=4, index_head_dim=64, index_topk=seq_len // 16, n_routed_experts=8, n_shared_experts=1,
         n_activated_experts=2, n_expert_groups=4, n_limited_groups=2, route_scale=1.0, max_seq_len=seq_len,
@@ -111,18 +121,26 @@ def run_seed(seed: int, budget: Budget, data: tuple[Source, ...], folder: Path, 
 
     The cross entropy is that of the first source, the facts are those of the last.
     """
-    config = model_config(budget.seq_len)
+    facts = rows_of(data[-1], budget.seq_len, "validation")
+    config = model_config(budget.seq_len, max(WORDS, n_ids(facts)))
     common = Run(
         model=config, data=data, batch=budget.batch, seq_len=budget.seq_len, seed=seed, eval_batches=0,
         stages=(dense(budget.dense_steps, lr=2e-3, lr_warmup=budget.dense_steps // 20, lr_end=0.15, bias_step=0.01),),
         checkpoint_every=10**6, log_every=100, keep=1,
     )  # fmt: skip
-    base = train(common, folder / f"seed{seed}" / "dense", console, initial_params(common))
+    begin = initial_params(common)
+    if budget.fact_steps:
+        steps, short = budget.fact_steps, budget.seq_len // 4
+        stage = dataclasses.replace(common.stages[0], name="facts", steps=steps, lr_warmup=steps // 20)
+        run = dataclasses.replace(
+            common, stages=(stage,), data=data[-1:], seq_len=short, batch=4 * common.batch
+        )
+        begin = train(run, folder / f"seed{seed}" / "facts", console, begin)
+    base = train(common, folder / f"seed{seed}" / "dense", console, begin)
     judged, asked = (
         validation_batches(dataclasses.replace(common, data=(source,), eval_batches=4))
         for source in (data[0], data[-1])
     )
-    facts = rows_of(data[-1], budget.seq_len, "validation")
 
     def judge(params: Any, attention: Attention) -> dict[str, Any]:
         switched = dataclasses.replace(config, attention=attention)
@@ -223,7 +241,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     budget = Budget(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Budget)})
     if options.tiny:
-        budget = Budget(dense_steps=20, warmup_steps=5, arm_steps=5, batch=2, seq_len=256, n_facts=8)
+        budget = Budget(
+            fact_steps=5, dense_steps=20, warmup_steps=5, arm_steps=5, batch=2, seq_len=256, n_facts=8
+        )
     data = sources(options.task, budget, options.data)
     console = Console(highlight=False)
     for seed in options.seeds:

@@ -46,20 +46,21 @@ def mixture(run: Run, split: Split) -> Mixture:
     """
     sources = [rows_of(source, run.seq_len, split) for source in run.data]
     for source, rows in zip(run.data, sources, strict=True):
-        if (n_ids := _n_ids(rows)) > run.model.vocab_size:
+        if (n := n_ids(rows)) > run.model.vocab_size:
             raise ValueError(
-                f"the model's vocab_size must hold the ids of its data, got {run.model.vocab_size} < {n_ids} "
+                f"the model's vocab_size must hold the ids of its data, got {run.model.vocab_size} < {n} "
                 f"of a source of kind {source.kind!r}"
             )
     return Mixture(sources, [source.weight for source in run.data])
 
 
-def _n_ids(rows: Rows) -> int:
+def n_ids(rows: Rows) -> int:
     """The largest token id of the rows, plus 1."""
     if not isinstance(rows, Needles):
         return rows.vocab_size
     text = rows.haystack.vocab_size if isinstance(rows.haystack, PackedRows) else 0
-    return max(text, rows.marker + 1, rows.query_marker + 1, rows.keys.stop, rows.values.stop)
+    words = (rows.keys, rows.values, rows.facts)
+    return max(text, rows.marker + 1, rows.query_marker + 1, *(ids.stop for ids in words))
 
 
 def training_batches(

@@ -210,8 +210,10 @@ class Needles:
     markers are by default the first two reserved tokens of `train.prepare`.
     depth: None puts every needle at a random place; a number from 0 (start of the text) to 1 (its end) puts the
     needle that is asked there and the others at random: for evaluation by depth.
+    first_fact: None as above. An id: key and value of a needle are one token, first_fact + key n_values + value (both
+    counted from 0), so that one layer of attention can look a value up; queries and answers stay as they are.
     Guessing is right 1 / n_values of the time.
-    Raises ValueError where sizes or ids contradict each other, or where the text contains a marker.
+    Raises ValueError where sizes or ids contradict each other, or where the text contains a marker or a fact.
     """
 
     haystack: RowSource | None
@@ -230,6 +232,7 @@ class Needles:
     """Needles asked, in random order; None = all of them, or the one at `depth`."""
     text_loss: bool = False
     """Whether the text's tokens are targets too, where the haystack has them so."""
+    first_fact: int | None = None
     rows: int = 2**20
 
     def __post_init__(self) -> None:
@@ -242,9 +245,10 @@ class Needles:
         if self.marker == self.query_marker:
             raise ValueError(f"marker and query_marker must differ, both are {self.marker}")
         for name in ("marker", "query_marker"):
-            if getattr(self, name) in self.keys or getattr(self, name) in self.values:
+            if any(getattr(self, name) in ids for ids in (self.keys, self.values, self.facts)):
                 raise ValueError(
-                    f"{name} must not be a key or value, got {getattr(self, name)} in {self.keys} or {self.values}"
+                    f"{name} must not be a key, a value or a fact, got {getattr(self, name)} in {self.keys}, "
+                    f"{self.values} or {self.facts}"
                 )
         if self.depth is not None and not 0 <= self.depth <= 1:
             raise ValueError(f"depth must be in 0 ... 1, got {self.depth}")
@@ -254,7 +258,7 @@ class Needles:
             raise ValueError("text_loss needs text to learn: give a haystack, got None")
         _check_pairs(self.n_needles, self.n_keys, self.asked)
         if self.n_text < 1:
-            least = 3 * (self.n_needles + self.asked) + 1
+            least = self.needle_tokens * self.n_needles + 3 * self.asked + 1
             raise ValueError(
                 f"seq_len must hold needles, queries and text, at least {least}, got {self.seq_len}"
             )
@@ -270,6 +274,17 @@ class Needles:
         return range(self.first_value, self.first_value + self.n_values)
 
     @property
+    def facts(self) -> range:
+        """Ids of key and value in one token; none without ``first_fact``."""
+        first = self.first_fact or 0
+        return range(first, first + (0 if self.first_fact is None else self.n_keys * self.n_values))
+
+    @property
+    def needle_tokens(self) -> int:
+        """Tokens of a needle, its marker among them."""
+        return 3 if self.first_fact is None else 2
+
+    @property
     def asked(self) -> int:
         """Queries in a row."""
         if self.n_queries is None:
@@ -279,7 +294,7 @@ class Needles:
     @property
     def n_text(self) -> int:
         """Tokens of text in a row."""
-        return self.seq_len - 3 * (self.n_needles + self.asked)
+        return self.seq_len - self.needle_tokens * self.n_needles - 3 * self.asked
 
     def __len__(self) -> int:
         return self.rows
@@ -289,8 +304,11 @@ class Needles:
         places, chosen, keys, values = self._needles(rng)
         text, text_targets = self._text(rng, index)
         needles = np.stack([np.full(self.n_needles, self.marker), keys, values], 1)
+        if self.first_fact is not None:
+            fact = self.first_fact + (keys - self.first_key) * self.n_values + values - self.first_value
+            needles = np.stack([needles[:, 0], fact], 1)
         queries = np.stack([np.full(self.asked, self.query_marker), keys[chosen], values[chosen]], 1)
-        at = np.repeat(places, 3)
+        at = np.repeat(places, self.needle_tokens)
         tokens = np.concatenate([np.insert(text, at, needles.ravel()), queries.ravel()])
         asked = np.zeros(self.seq_len, bool)
         asked[self._answer_positions()] = True
@@ -308,7 +326,7 @@ class Needles:
         """
         places, chosen, _, _ = self._needles(_generator(self.seed, index, self.rows))
         positions = self._answer_positions()
-        value_at = places + 3 * np.arange(self.n_needles) + 2
+        value_at = places + self.needle_tokens * (np.arange(self.n_needles) + 1) - 1
         return {
             "positions": positions,
             "depths": places[chosen] / self.n_text,
@@ -357,4 +375,6 @@ class Needles:
                 raise ValueError(
                     f"the haystack must not contain {name} {getattr(self, name)}, its row {index} does"
                 )
+        if ((text >= self.facts.start) & (text < self.facts.stop)).any():
+            raise ValueError(f"the haystack must not contain facts {self.facts}, its row {index} does")
         return text, np.concatenate(targets)[: self.n_text]

@@ -30,7 +30,15 @@ NEEDLES = Needles(
     Text(), seq_len=96, n_needles=4, first_key=100, n_keys=50, first_value=150, n_values=50, seed=3
 )
 RANDOM_HAYSTACK = dataclasses.replace(NEEDLES, haystack=None)
-TASKS = [ASSOCIATIVE, dataclasses.replace(ASSOCIATIVE, n_queries=3), MULTI_QUERY, NEEDLES, RANDOM_HAYSTACK]
+JOINED = dataclasses.replace(NEEDLES, n_values=8, first_fact=200)  # 50 keys x 8 values are 200 ... 599
+TASKS = [
+    ASSOCIATIVE,
+    dataclasses.replace(ASSOCIATIVE, n_queries=3),
+    MULTI_QUERY,
+    NEEDLES,
+    RANDOM_HAYSTACK,
+    JOINED,
+]
 
 
 def answer(task, tokens: list[int], t: int) -> int:
@@ -42,8 +50,14 @@ def answer(task, tokens: list[int], t: int) -> int:
         return task.first_answer + pair - first
     if isinstance(task, MultiQueryRecall):
         return tokens[before.index(key) + 1]
-    (place,) = [s for s, token in enumerate(before) if token == task.marker and tokens[s + 1] == key]
     assert tokens[t - 1] == task.query_marker
+    if task.first_fact is not None:
+        (fact,) = [
+            f for f in before if f in task.facts and (f - task.first_fact) // 8 == key - task.first_key
+        ]
+        assert tokens[tokens.index(fact) - 1] == task.marker
+        return task.first_value + (fact - task.first_fact) % 8
+    (place,) = [s for s, token in enumerate(before) if token == task.marker and tokens[s + 1] == key]
     return tokens[place + 2]
 
 
@@ -93,9 +107,10 @@ def test_ids_stay_below_vocab_size_and_padding_is_not_used(task):
     assert tokens.min() == 1 and tokens.max() == task.vocab_size - 1
 
 
-@pytest.mark.parametrize("task", [ASSOCIATIVE, MULTI_QUERY, NEEDLES])
+@pytest.mark.parametrize("task", [ASSOCIATIVE, MULTI_QUERY, NEEDLES, JOINED])
 def test_the_shortest_row_holds_exactly_the_task(task):
     least = {AssociativeRecall: 1 + 8 + 16, MultiQueryRecall: 1 + 16 + 16, Needles: 12 + 12 + 1}[type(task)]
+    least -= 4 if task is JOINED else 0
     assert (dataclasses.replace(task, seq_len=least)[0]["targets"] >= 0).sum() == task.asked
     with pytest.raises(ValueError, match=f"at least {least}, got {least - 1}"):
         dataclasses.replace(task, seq_len=least - 1)
@@ -110,18 +125,21 @@ def test_answers_are_close_to_uniform_so_guessing_does_not_help(task):
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("haystack", [None, Text()])
-def test_the_needle_asked_lies_at_the_depth_given(depth, haystack):
-    task = dataclasses.replace(NEEDLES, haystack=haystack, depth=depth)
+@pytest.mark.parametrize("task", [NEEDLES, RANDOM_HAYSTACK, JOINED])
+def test_the_needle_asked_lies_at_the_depth_given(depth, task):
+    task = dataclasses.replace(task, depth=depth)
     for index in range(20):
         row, where = task[index], task.answers(index)
         np.testing.assert_array_equal(where["positions"], np.flatnonzero(row["targets"] >= 0))
         assert abs(where["depths"][0] - depth) <= 0.5001 / task.n_text
         (t,) = where["positions"]
         value_at = t - where["distances"][0]
-        assert row["tokens"][value_at] == row["targets"][t]
-        assert row["tokens"][value_at - 1] == row["tokens"][t]
-        text_before = value_at - 2 - 3 * (row["tokens"][: value_at - 2] == task.marker).sum()
+        assert answer(task, row["tokens"].tolist(), t) == row["targets"][t]
+        marker_at = value_at - task.needle_tokens + 1
+        assert row["tokens"][marker_at] == task.marker
+        if task.first_fact is None:
+            assert row["tokens"][marker_at + 1] == row["tokens"][t]
+        text_before = marker_at - task.needle_tokens * (row["tokens"][:marker_at] == task.marker).sum()
         assert text_before == round(depth * task.n_text)
 
 
@@ -183,7 +201,8 @@ def test_accuracy_counts_positions_with_a_target():
         (NEEDLES, {"depth": 1.5}, "depth must be in 0 ... 1, got 1.5"),
         (NEEDLES, {"depth": 0.5, "n_queries": 2}, "n_queries must be 1, got 2"),
         (NEEDLES, {"marker": 4}, "must differ, both are 4"),
-        (NEEDLES, {"marker": 120}, "marker must not be a key or value, got 120"),
+        (NEEDLES, {"marker": 120}, "marker must not be a key, a value or a fact, got 120"),
+        (JOINED, {"query_marker": 599}, "query_marker must not be a key, a value or a fact, got 599"),
         (NEEDLES, {"first_key": -1}, "not negative, got -1"),
         (RANDOM_HAYSTACK, {"text_loss": True}, "give a haystack, got None"),
     ],
@@ -197,3 +216,8 @@ def test_a_haystack_that_contains_a_marker_is_refused():
     task = dataclasses.replace(NEEDLES, first_key=300, first_value=400, marker=int(Text()[0]["tokens"][3]))
     with pytest.raises(ValueError, match="must not contain marker"):
         task[0]
+
+
+def test_a_haystack_that_contains_a_fact_is_refused():
+    with pytest.raises(ValueError, match=r"must not contain facts range\(120, 520\)"):
+        dataclasses.replace(JOINED, first_fact=120)[0]
