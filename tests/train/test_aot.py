@@ -182,10 +182,6 @@ def test_the_operations_of_a_prompt_are_those_of_its_parts():
             ["--chunk", "16"],
             "--chunk is for --mode prefill and at most --seq-len=64, got 16 and --mode train",
         ),
-        (
-            ["--xla", "threads=1"],
-            "--xla takes names and values, as in xla_a=true,.* got 'threads' in 'threads=1'",
-        ),
         (["--plan"], "--plan is for TPUs, got --topology h200:8"),
         (["--suggest", "--mesh", "data=8"], "--suggest chooses the mesh itself, got --mesh data=8 too"),
     ],

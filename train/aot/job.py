@@ -37,7 +37,6 @@ class Job:
     chunk: int
     chip: Chip
     devices: tuple[Any, ...]
-    xla_options: tuple[tuple[str, str], ...] = ()
 
     @property
     def stage(self) -> Stage | None:
@@ -125,27 +124,11 @@ def read_job(options: Options) -> Job:
         remat="layer" if training else "none",
         implementation="xla",
     )
-    xla_options = read_xla_options(options.xla)
     chip, devices = read_topology(options.topology)
     return Job(
         config=config, mode=options.mode, batch=options.batch, seq_len=options.seq_len,
         chunk=options.chunk or options.seq_len, chip=CHIPS[chip], devices=devices,
-        xla_options=() if CHIPS[chip].is_gpu else xla_options,
     )  # fmt: skip
-
-
-def read_xla_options(text: str) -> tuple[tuple[str, str], ...]:
-    """ "a=true,b=1" -> (("a", "true"), ("b", "1")).
-
-    Raises:
-      ValueError: not of this form.
-    """
-    pairs = [part.partition("=") for part in text.replace(" ", "").split(",") if part]
-    if wrong := [name for name, equals, value in pairs if not (name.startswith("xla_") and equals and value)]:
-        raise ValueError(
-            f"--xla takes names and values, as in xla_a=true,xla_b=1, got {wrong[0]!r} in {text!r}"
-        )
-    return tuple((name, value) for name, _, value in pairs)
 
 
 def chip_and_count(topology: str) -> tuple[str, int]:

@@ -42,9 +42,6 @@ class Options:
     """prefill: tokens of a row in one call, the last of the prompt. Default: the whole prompt at once."""
     query_block: int = 512
     """Queries per block of attention and index scores: less memory, more steps."""
-    xla: str = "xla_tpu_enable_ragged_dot_kernel=true"
-    """Options of the TPU compiler, as in a=true,b=1. The run needs them too: LIBTPU_INIT_ARGS="--a=true --b=1". The
-    default is for v6e and tpu7x, where libtpu 0.0.52 otherwise multiplies every row with every expert."""
     plan: bool = False
     """Stop when XLA has planned the memory, before it writes machine code: a tenth of the time. For TPUs. The plan
     is that of the compiled program, except that the code itself is missing (0.3 GiB for a 671B step)."""

@@ -28,9 +28,6 @@ def introduce(job: Job, options: Options, console: Console) -> None:
         f"{job.batch} x {job.queries} tokens in rows of {job.seq_len}",
         f"{options.topology}, {n // chip.devices_per_chip} chips{devices}; kernels: {config.implementation}",
     ]
-    if job.xla_options:
-        flags = " ".join(f"--{name}={value}" for name, value in job.xla_options)
-        lines.append(f'compiled with, and to be run with, LIBTPU_INIT_ARGS="{flags}"')
     if chip.is_gpu:
         lines.append("GPUs are simulated on this CPU: program and memory are the CPU compiler's, not a GPU's")
     if job.stage:
