@@ -10,14 +10,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsa_jax.aot import (
-    Instruction,
-    alive_at_peak,
-    collectives,
-    hbm_traffic,
-    parse,
-    product_flops,
-)
+from dsa_jax.aot import alive_at_peak, collectives, hbm_traffic, product_flops
+from dsa_jax.hlo import Instruction, parse
 
 SHAPE = {"data": 2, "expert": 4}
 
@@ -234,6 +228,31 @@ ENTRY %main (x: f32[64,1024], y: f32[8,128]) -> f32[64,8,128] {
 }
 """
     assert hbm_traffic(parse(text)) == 4 * (64 * 1024 + 8 * 128 + 64 * 1024)
+
+
+def test_a_fusion_that_ends_in_another_writes_what_that_one_updates():
+    text = """%scatter (q0: f32[4096,128], q1: s32[64], q2: f32[64,128]) -> f32[4096,128] {
+  %q0 = f32[4096,128]{1,0:T(8,128)} parameter(0)
+  %q1 = s32[64]{0:T(256)} parameter(1)
+  %q2 = f32[64,128]{1,0:T(8,128)} parameter(2)
+  ROOT %s = f32[4096,128]{1,0:T(8,128)} scatter(%q0, %q1, %q2), to_apply=%add
+}
+
+%sorted (p0: f32[4096,128], p1: s32[64], p2: f32[64,128]) -> f32[4096,128] {
+  %p0 = f32[4096,128]{1,0:T(8,128)} parameter(0)
+  %p1 = s32[64]{0:T(256)} parameter(1)
+  %p2 = f32[64,128]{1,0:T(8,128)} parameter(2)
+  ROOT %inner = f32[4096,128]{1,0:T(8,128)} fusion(%p0, %p1, %p2), kind=kCustom, calls=%scatter
+}
+
+ENTRY %main (x: f32[4096,128], i: s32[64], y: f32[64,128]) -> f32[4096,128] {
+  %x = f32[4096,128]{1,0:T(8,128)} parameter(0)
+  %i = s32[64]{0:T(256)} parameter(1)
+  %y = f32[64,128]{1,0:T(8,128)} parameter(2)
+  ROOT %out = f32[4096,128]{1,0:T(8,128)} fusion(%x, %i, %y), kind=kCustom, calls=%sorted
+}
+"""
+    assert hbm_traffic(parse(text)) == 256 * 4 + 2 * 64 * 128 * 4
 
 
 @pytest.mark.parametrize(

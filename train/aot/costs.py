@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from dsa_jax import aot
 from dsa_jax.chips import Chip
+from dsa_jax.hlo import Program, parse
 from dsa_jax.sharding import make_mesh, mesh_text
 from train.aot.compiling import Compiled, compile_step, dumped, plan_step
 from train.aot.job import Job
@@ -54,14 +55,14 @@ def examine(
 
 def costs(job: Job, mesh: Mesh, compiled: Compiled) -> dict[str, Any]:
     """Operations, traffic and estimated seconds of the program, and what fills the memory."""
-    hlo = aot.parse(compiled.text)
+    hlo = parse(compiled.text)
     flops = job.flops()
     calls = aot.custom_calls(hlo)
     grouped = job.routed_flops() / mesh.size if "tpu_custom_call" in calls else 0.0
     links = links_of(mesh, job.chip)
     needed = sum(flops.values()) / mesh.size
     found = estimated(hlo, grouped, needed, links, mesh, job.chip)
-    longer = estimated(aot.parse(compiled.text, every_branch=True), grouped, needed, links, mesh, job.chip)
+    longer = estimated(parse(compiled.text, every_branch=True), grouped, needed, links, mesh, job.chip)
     return found | {
         "flops": flops,
         "flops_per_device": needed,
@@ -74,7 +75,7 @@ def costs(job: Job, mesh: Mesh, compiled: Compiled) -> dict[str, Any]:
 
 
 def estimated(
-    hlo: aot.Program, grouped: float, needed: float, links: Mapping[str, int], mesh: Mesh, chip: Chip
+    hlo: Program, grouped: float, needed: float, links: Mapping[str, int], mesh: Mesh, chip: Chip
 ) -> dict[str, Any]:
     """What the program does, and how long that would take. grouped: operations that are inside custom calls."""
     exchanges = aot.collectives(hlo, dict(mesh.shape))
