@@ -56,3 +56,24 @@ def test_weights_in_fp8_are_dequantised_expert_by_expert():
     )
     np.testing.assert_allclose(out, expected, rtol=1e-6)
     np.testing.assert_allclose(pull(out)[0], pull_expected(out)[0], rtol=1e-6)
+
+
+def test_the_kernel_takes_several_tiles_in_every_direction_and_rows_of_no_group():
+    rng, sizes, groups = np.random.default_rng(2), [100, 0, 450], np.repeat([0, 2], [100, 450])
+    rows = rng.standard_normal((600, 640)).astype(np.float32)
+    weights = rng.standard_normal((3, 640, 1100)).astype(np.float32)
+    d_out = rng.standard_normal((600, 1100)).astype(np.float32)
+    assert all(n > tile for n, tile in zip((600, 640, 1100), grouped.KERNEL_TILE, strict=True))
+
+    def product(rows, weights):
+        out = grouped.megablox(rows, weights, jnp.asarray(sizes), interpret=True)
+        return jnp.where(jnp.arange(600)[:, None] < 550, out, 0.0)
+
+    out, pull = jax.vjp(product, jnp.asarray(rows), jnp.asarray(weights))
+    d_rows, d_weights = pull(jnp.asarray(d_out))
+    expected = np.concatenate([rows[:100] @ weights[0], rows[100:550] @ weights[2]])
+    np.testing.assert_allclose(out[:550], expected, rtol=2e-4, atol=2e-4)
+    d_expected = np.stack([rows[:550][groups == e].T @ d_out[:550][groups == e] for e in range(3)])
+    np.testing.assert_allclose(d_weights, d_expected, rtol=2e-4, atol=2e-4)
+    back = np.concatenate([d_out[:100] @ weights[0].T, d_out[100:550] @ weights[2].T])
+    np.testing.assert_allclose(d_rows[:550], back, rtol=2e-4, atol=2e-4)
