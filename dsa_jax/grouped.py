@@ -1,9 +1,13 @@
 """The grouped matrix product of a mixture of experts: rows sorted by expert, each times its expert's matrix."""
 
+import contextlib
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.fp8_weight import Fp8Weight, as_matrix
@@ -33,16 +37,35 @@ def megablox(rows: Array, weights: Array | Fp8Weight, group_sizes: Array, interp
     """The same by ``jax.experimental.pallas.ops.tpu.megablox``, whose rows must be whole tiles."""
     n_rows = rows.shape[0]
     rows = jnp.pad(rows, ((0, -n_rows % (KERNEL_TILE[0] if n_rows > KERNEL_TILE[0] else TILE)), (0, 0)))
-    weights = as_matrix(weights, rows.dtype)
-    options = (
-        rows.dtype,
-        _kernel_tile,
-        None,
-        None,
-        False,
-        interpret,
-    )  # not by name: two are not differentiated
-    return gmm(rows, weights, group_sizes.astype(jnp.int32), *options)[:n_rows]
+    weights, group_sizes = as_matrix(weights, rows.dtype), group_sizes.astype(jnp.int32)
+    return _in_kernel(interpret, rows, weights, group_sizes)[:n_rows]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_kernel(interpret, rows, weights, group_sizes):
+    with _precision(rows):
+        return gmm(rows, weights, group_sizes, rows.dtype, _kernel_tile, interpret=interpret)
+
+
+def _in_kernel_forward(interpret, *inputs):
+    return _in_kernel(interpret, *inputs), inputs
+
+
+def _in_kernel_backward(interpret, inputs, d_out):
+    rows, weights, group_sizes = inputs
+    options = {"tiling": _kernel_tile, "interpret": interpret}
+    with _precision(rows):
+        d_rows = gmm(d_out, weights, group_sizes, rows.dtype, transpose_rhs=True, **options)
+        d_weights = tgmm(rows.T, d_out, group_sizes, weights.dtype, num_actual_groups=len(weights), **options)
+    return d_rows, d_weights, None
+
+
+_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
+
+
+def _precision(rows: Array) -> contextlib.AbstractContextManager[Any]:
+    """The TPU's compiler refuses bfloat16 with jax_default_matmul_precision="highest", which changes nothing for it."""
+    return contextlib.nullcontext() if rows.dtype == jnp.float32 else jax.default_matmul_precision("default")
 
 
 def _kernel_tile(m: int, k: int, n: int) -> tuple[int, int, int]:

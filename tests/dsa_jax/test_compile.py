@@ -11,11 +11,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsa_jax.cache import init_cache, place
 from dsa_jax.config import deepseek_v32, tiny
+from dsa_jax.grouped import megablox
 from dsa_jax.mla import Mla, attend, compress
 from dsa_jax.rope import rotation
 from dsa_jax.transformer import Transformer
 
 CHIPS = {"v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
+ALL_CHIPS = CHIPS | {"v6e": "v6e:2x2"}
 ALWAYS = {("tpu7x", "mqa")}  # the others take `make test-all`
 
 
@@ -23,7 +25,7 @@ ALWAYS = {("tpu7x", "mqa")}  # the others take `make test-all`
 def one_chip(name):
     """A sharding onto one chip of a TPU topology that need not exist here."""
     pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'dsa-jax[tpu]'")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[name])
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=ALL_CHIPS[name])
     mesh = jax.sharding.Mesh(topology.devices[:1], ("chip",))
     return NamedSharding(mesh, PartitionSpec())
 
@@ -62,6 +64,24 @@ def test_forward_decode_and_gradient_compile_for_tpu(chip, form):
         return -jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1).mean()
 
     compiled_for(chip, jax.grad(loss), params, tokens)
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+    "chip", [pytest.param(chip, marks=() if chip == "v6e" else pytest.mark.nightly) for chip in ALL_CHIPS]
+)
+def test_experts_compile_for_tpu_and_multiply_each_row_once(chip):
+    """At V3.2's sizes, gradient included; "highest" is what `compare` asks for, and no precision of bfloat16."""
+    (M, D, F), E = (4096, 7168, 2048), 8
+    of = jax.ShapeDtypeStruct
+
+    def loss(rows, weights, sizes):
+        return (megablox(rows, weights, sizes).astype(jnp.float32) ** 2).sum()
+
+    arguments = of((M, D), jnp.bfloat16), of((E, D, F), jnp.bfloat16), of((E,), jnp.int32)
+    with jax.default_matmul_precision("highest"):
+        compiled = compiled_for(chip, jax.grad(loss, argnums=(0, 1)), *arguments)
+    assert compiled.cost_analysis()["flops"] == pytest.approx(6 * M * D * F, rel=0.01)
 
 
 def attention_layer(config):
