@@ -211,9 +211,8 @@ def _touched(instruction: Instruction, computation: Computation, program: Progra
         read[0], written = updates, updates
     elif opcode == "fusion":
         body = program.computations[callees_of(instruction)[0]]
-        parameters = {int(i.operands[0]): i for i in body.values() if i.opcode == "parameter"}
         for number, size in enumerate(read):
-            read[number] = min(size, _read_of(parameters[number], body, size, program))
+            read[number] = min(size, _read_of(_parameter(number, body), body, size, program))
         written = min(written, _written_by(body, program))
     return sum(read) + written
 
@@ -231,22 +230,26 @@ def _read_of(source: Instruction, body: Computation, whole: float, program: Prog
             total += sum(buffer.bytes for buffer in user.buffers)
         elif user.opcode == "fusion":
             inner = program.computations[callees_of(user)[0]]
-            parameters = {int(i.operands[0]): i for i in inner.values() if i.opcode == "parameter"}
-            parameter = parameters[user.operands.index(source.name)]
+            parameter = _parameter(user.operands.index(source.name), inner)
             total += _read_of(parameter, inner, whole, program)
-            if _is_result(parameter, inner):
+            if (
+                _without_bitcasts(result_of(inner), inner) is parameter
+            ):  # it only hands it on, in another shape
                 total += _read_of(user, body, whole, program)
         elif not (first and user.opcode in ("dynamic-update-slice", "scatter")):
             return whole
     return total
 
 
-def _is_result(source: Instruction, body: Computation) -> bool:
-    """Whether a fusion only hands on this parameter, in another shape."""
-    root = result_of(body)
-    while root.opcode == "bitcast":
-        root = body[root.operands[0]]
-    return root is source
+def _parameter(number: int, body: Computation) -> Instruction:
+    return next(i for i in body.values() if i.opcode == "parameter" and int(i.operands[0]) == number)
+
+
+def _without_bitcasts(instruction: Instruction, body: Computation) -> Instruction:
+    """What it is another shape of."""
+    while instruction.opcode == "bitcast":
+        instruction = body[instruction.operands[0]]
+    return instruction
 
 
 def _written_by(body: Computation, program: Program) -> float:
@@ -254,17 +257,13 @@ def _written_by(body: Computation, program: Program) -> float:
     root = result_of(body)
     results = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
     total = 0.0
-    for result in results:
-        while result.opcode == "bitcast":
-            result = body[result.operands[0]]
+    for result in (_without_bitcasts(result, body) for result in results):
         if result.opcode == "fusion":
             total += _written_by(program.computations[callees_of(result)[0]], program)
             continue
-        if result.opcode == "dynamic-update-slice":
-            result = body[result.operands[1]]
-        elif result.opcode == "scatter":
-            result = body[result.operands[-1]]
-        total += sum(buffer.bytes for buffer in result.buffers)
+        update = {"dynamic-update-slice": 1, "scatter": -1}.get(result.opcode)
+        written = result if update is None else body[result.operands[update]]
+        total += sum(buffer.bytes for buffer in written.buffers)
     return total
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.sharding import AXES, EXPERT_AXIS
-from pallas_kernels.blocking import map_query_blocks
+from pallas_kernels.blocking import block_size, map_query_blocks
 
 SPARE = 1.5  # a buffer's rows over the mean that one device sends another in a round
 FEWEST = 8  # rows of a buffer: a few tokens never spread evenly
@@ -39,10 +39,7 @@ def exchanged(
     """
     B, T, D = x.shape
     A = experts.shape[-1]
-    at_once = max(BLOCK_BYTES // (B * A * D * x.dtype.itemsize), 1)
-    block = min(
-        T, 1 << at_once.bit_length() - 1
-    )  # a power of two: lengths are multiples of it, or little is padded
+    block = block_size(T, B * A * D * x.dtype.itemsize, BLOCK_BYTES)
 
     def one_block(x, experts, weights):
         experts = jnp.maximum(experts, 0)  # -1 pads the last block, with rows of 0 and weights of 0

@@ -143,16 +143,20 @@ def check_mesh(
             )
 
 
+def meshes_of(n_devices: int) -> list[dict[str, int]]:
+    """The sizes of every mesh of so many devices."""
+    divisors = [d for d in range(1, n_devices + 1) if n_devices % d == 0]
+    return [
+        {"data": n_devices // math.prod(rest), "expert": rest[0], "context": rest[1], "tensor": rest[2]}
+        for rest in itertools.product(divisors, repeat=3)
+        if n_devices % math.prod(rest) == 0
+    ]
+
+
 def _nearest(asked: dict[str, int], n_devices: int, fits: Callable[[dict[str, int]], bool]) -> str:
     """The mesh that fits and changes the fewest axes by the smallest factors, of fewer devices if there is no other."""
     for total in range(n_devices, 0, -1):
-        divisors = [d for d in range(1, total + 1) if total % d == 0]
-        meshes = [
-            {"data": total // math.prod(rest), "expert": rest[0], "context": rest[1], "tensor": rest[2]}
-            for rest in itertools.product(divisors, repeat=3)
-            if total % math.prod(rest) == 0
-        ]
-        if meshes := [mesh for mesh in meshes if fits(mesh)]:
+        if meshes := [mesh for mesh in meshes_of(total) if fits(mesh)]:
             best = min(meshes, key=lambda m: sum(abs(math.log(m[a] / max(asked[a], 1))) for a in AXES))
             return mesh_text(best) + ("" if total == n_devices else f" on {total} of the devices")
     raise AssertionError("one device fits everything")

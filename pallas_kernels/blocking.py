@@ -10,10 +10,11 @@ from jax import lax
 WORKSPACE_BYTES = 256 * 2**20  # what one block of an ``xla`` implementation may hold
 
 
-def block_size(n_queries: int, bytes_per_query: int) -> int:
-    """The largest power of two of queries whose workspace stays below WORKSPACE_BYTES (at least 1)."""
+def block_size(n_queries: int, bytes_per_query: int, workspace_bytes: int | None = None) -> int:
+    """The largest power of two of queries whose workspace stays below WORKSPACE_BYTES, or that given (at least 1)."""
+    workspace_bytes = WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
     block = 1
-    while block < n_queries and 2 * block * bytes_per_query <= WORKSPACE_BYTES:
+    while block < n_queries and 2 * block * bytes_per_query <= workspace_bytes:
         block *= 2
     return min(block, n_queries)
 

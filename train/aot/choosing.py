@@ -1,31 +1,19 @@
 """Which meshes to try: all that divide the job, ranked by a guess of memory and time."""
 
 import contextlib
-import itertools
 from dataclasses import dataclass
 
-from dsa_jax.sharding import AXES
+from dsa_jax.sharding import AXES, meshes_of
 from train.aot.job import Job
-
-GIB = 2**30
 
 
 def meshes(job: Job) -> list[dict[str, int]]:
     """Every mesh of all devices that divides the job."""
-    n = len(job.devices)
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
     found = []
-    for expert, context, tensor in itertools.product(divisors, repeat=3):
-        if n % (expert * context * tensor) == 0:
-            sizes = {
-                "data": n // (expert * context * tensor),
-                "expert": expert,
-                "context": context,
-                "tensor": tensor,
-            }
-            with contextlib.suppress(ValueError):
-                job.check(sizes)
-                found.append(sizes)
+    for sizes in meshes_of(len(job.devices)):
+        with contextlib.suppress(ValueError):
+            job.check(sizes)
+            found.append(sizes)
     return found
 
 
