@@ -11,7 +11,7 @@ from dsa_jax.mla import Mla, attend, compress
 from dsa_jax.moe import Ffn, Moe, moe, swiglu
 from dsa_jax.norm import rms_norm
 from dsa_jax.rope import Rotation
-from dsa_jax.sharding import gathered, local
+from dsa_jax.sharding import gathered, shard_map
 
 CAPTURABLE = ("index_scores", "topk_indices", "index_kl", "attn", "ffn", "out", "experts", "expert_weights")
 
@@ -47,7 +47,9 @@ class Block(nn.Module):
             q_compressed, keys = compress(h, rotation, attn, c)
             if cached is not None:
                 stacked, per_key = (None, "batch", None, None), ("batch", None, None)
-                put = local(store, in_axes=(stacked, (), per_key[:2], per_key), out_axes=(stacked, per_key))
+                put = shard_map(
+                    store, in_axes=(stacked, (), per_key[:2], per_key), out_axes=(stacked, per_key)
+                )
                 cached, keys = put(cached, layer, placement.slots, keys)
             wanted = capture
             if c.index_loss:

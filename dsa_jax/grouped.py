@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.fp8_weight import Fp8Weight, as_matrix
+from dsa_jax.fp8.weight import Fp8Weight, as_matrix
 
 # Rows of one expert that are multiplied at once where there is no native grouped product: at least TILE, and a
 # quarter of what an expert gets on average. The last tile of an expert is part empty; more tiles cost more launches.

@@ -24,7 +24,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.indexer import index_queries
 from dsa_jax.mla import Keys, absorbed_weights, expand, queries
 from dsa_jax.rope import Rotation
-from dsa_jax.sharding import Partial, as_stored, constrain, local
+from dsa_jax.sharding import PartialSum, as_stored, constrain, shard_map
 from pallas_kernels.arithmetic import accumulator
 from pallas_kernels.blocking import join_queries, split_queries
 
@@ -78,12 +78,12 @@ _index_loss.defvjp(_forward, _backward)
 def _spread(config, learned, constants, with_gradients):
     """``_loss`` with all heads of some queries on each device: the target is a sum over heads."""
     per_query = (PER_QUERY, PER_QUERY, PER_QUERY, PER_QUERY, PER_QUERY, PER_QUERY[:2])
-    gradients = Partial((), over=("batch", "queries")), Partial(PER_KEY, over=("queries",))
-    loss = local(
+    gradients = PartialSum((), over=("batch", "queries")), PartialSum(PER_KEY, over=("queries",))
+    loss = shard_map(
         partial(_loss, config=config, with_gradients=with_gradients),
         in_axes=(((), PER_KEY), (*per_query, PER_KEY, ())),
         out_axes=(
-            Partial((), over=("batch", "queries")), PER_QUERY[:2], gradients if with_gradients else None,
+            PartialSum((), over=("batch", "queries")), PER_QUERY[:2], gradients if with_gradients else None,
         ),
     )  # fmt: skip
     return loss(learned, constants)

@@ -14,9 +14,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dsa_jax.config import ModelConfig
+from dsa_jax.fp8.quantize import fake_quantize, rotate_hadamard
 from dsa_jax.linear import linear, linear_float32
 from dsa_jax.norm import layer_norm
-from dsa_jax.quantize import fake_quantize, rotate_hadamard
 from dsa_jax.rope import Rotation, rotate_halves, rotate_interleaved
 
 Parameters = Mapping[str, Any]

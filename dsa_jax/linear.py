@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsa_jax.fp8_weight import Fp8Weight, as_matrix
+from dsa_jax.fp8.weight import Fp8Weight, as_matrix
 
 
 def linear(

@@ -19,15 +19,15 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
 from dsa_jax.cache import Placement
-from dsa_jax.causal_balance import balanced
 from dsa_jax.config import ModelConfig
-from dsa_jax.fp8_weight import as_matrix
+from dsa_jax.fp8.quantize import BLOCK, fake_quantize, quantize
+from dsa_jax.fp8.weight import as_matrix
 from dsa_jax.indexer import Indexer, index_keys, index_queries
 from dsa_jax.linear import linear
 from dsa_jax.norm import rms_norm
-from dsa_jax.quantize import BLOCK, fake_quantize, quantize
 from dsa_jax.rope import Rotation, rotate_interleaved
-from dsa_jax.sharding import Partial, local, query_axes
+from dsa_jax.sharding import PartialSum, query_axes, shard_map
+from dsa_jax.sharding.zigzag import load_balanced
 from pallas_kernels.blocking import map_query_blocks
 from pallas_kernels.keys import visible
 
@@ -134,7 +134,7 @@ def attend(
     if selects:
         per_query = ("batch", "queries", None)
         with_scores, split_over = "index_scores" in captured, query_axes(x.shape[1])
-        selection = local(
+        selection = shard_map(
             partial(select, config=config, with_scores=with_scores, split_over=split_over),
             in_axes=(per_query, per_query, per_query, per_query[:2], ("batch", None, None), ()),
             out_axes=(per_query, per_query),
@@ -146,10 +146,10 @@ def attend(
 
     per_query, per_key = ("batch", "sequence", None), ("batch", None, None)
     weights = {"wq_b": (None, "heads"), "wkv_b": (None, "heads"), "wo": ("heads", None)}
-    attention = local(
+    attention = shard_map(
         partial(attend_heads, config=config, with_lse="lse" in capture),
         in_axes=(per_query, per_query, per_query[:2], per_query, per_key, per_key, weights),
-        out_axes=(Partial(per_query, over=("heads",)), ("batch", "sequence", "heads")),
+        out_axes=(PartialSum(per_query, over=("heads",)), ("batch", "sequence", "heads")),
     )
     out, lse = attention(
         q_compressed, rotation, bounds, chosen, latent, k_rope, {name: parameters[name] for name in weights}
@@ -171,7 +171,7 @@ def select(
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T S"] | None]:
     """The indexer's choice for each query, and the index scores if they are wanted.
 
-    split_over: inside ``local``, the mesh axes that the queries of a row are split over. Their devices even out the
+    split_over: inside ``shard_map``, the mesh axes that the queries of a row are split over. Their devices even out the
     work (``causal_balance``) if ``balance``, or if that is None and it pays; never for an odd T or for scores.
     """
     # In float32 the FP8 values are multiplied as float32: tensor cores add FP8 products in fewer bits.
@@ -205,7 +205,7 @@ def select(
         balance = kernels.index_scores_has_kernel(*sizes, k.dtype, config.implementation)
     if balance and split_over and T % 2 == 0 and not with_scores:
         q, weights = map_query_blocks(index_queries_of, config.query_block, x, q_compressed, *rotation)
-        choose_all = balanced(partial(map_query_blocks, choose, config.query_block), split_over)
+        choose_all = load_balanced(partial(map_query_blocks, choose, config.query_block), split_over)
         return choose_all(*lax.stop_gradient((q, weights)), *bounds)
 
     def one_block(x, q_compressed, cos, sin, key_start, key_stop):

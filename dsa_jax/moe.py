@@ -11,10 +11,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.expert_exchange import exchanged
+from dsa_jax.expert_dispatch import exchanged
 from dsa_jax.grouped import grouped_matmul
 from dsa_jax.linear import linear, linear_float32
-from dsa_jax.sharding import Partial, constrain, expert_devices, local
+from dsa_jax.sharding import PartialSum, constrain, expert_devices, shard_map
 
 Parameters = Mapping[str, Any]
 
@@ -101,10 +101,10 @@ def moe(
     per_token, per_row = ("batch", "sequence", None), ("rows", "sequence", None)
     x = constrain(x, *per_token)
     scores = jax.nn.sigmoid(linear_float32(x, parameters["gate"]))
-    routing = local(
+    routing = shard_map(
         partial(_route_and_count, config=config),
         in_axes=(per_token, (None,), per_token[:2]),
-        out_axes=(per_token, per_token, Partial((None,), over=("batch", "sequence"))),
+        out_axes=(per_token, per_token, PartialSum((None,), over=("batch", "sequence"))),
     )
     experts, weights, load = routing(scores, parameters["gate_bias"], valid)
 
@@ -115,17 +115,17 @@ def moe(
     }
     n_devices = expert_devices(x.shape[0])
     if n_devices > 1:
-        routed = local(
+        routed = shard_map(
             partial(exchanged_experts, config=config, n_devices=n_devices),
             in_axes=(per_token, per_token, per_token, in_and_out),
-            out_axes=Partial(per_token, over=("ff",)),
+            out_axes=PartialSum(per_token, over=("ff",)),
         )
         y = routed(x, experts, weights, parameters["experts"])
     else:
-        routed = local(
+        routed = shard_map(
             partial(routed_experts, config=config),
             in_axes=(per_row, per_row, per_row, in_and_out, ("experts",)),
-            out_axes=Partial(per_row, over=("experts", "ff")),
+            out_axes=PartialSum(per_row, over=("experts", "ff")),
         )
         y = routed(x, experts, weights, parameters["experts"], jnp.arange(config.n_routed_experts))
     y = constrain(y, *per_token) + swiglu(x, parameters["shared_experts"]).astype(jnp.float32)

@@ -50,7 +50,7 @@ def test_every_make_target_exists():
 
 
 def test_every_command_line_option_exists(capsys):
-    from dsa_jax.cli import main
+    from dsa_jax.commands.cli import main
 
     for command in ("generate", "compare"):
         with pytest.raises(SystemExit):

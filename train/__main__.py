@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     name = arguments[0]
     show = options.traceback or os.environ.get("DSA_JAX_TRACEBACK")
-    from train.workflow import Stopped, from_checkpoint, train
+    from train.trainer import Stopped, from_checkpoint, train
 
     try:
         run = from_checkpoint(options.changed_run())

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from train.config import Run, contradictions, to_json
-from train.layout import Layout
+from train.placement import Layout
 from train.step import TrainState, begin_stage
 
 _logger = logging.getLogger(__name__)

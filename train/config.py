@@ -81,8 +81,8 @@ def sparse(steps: int, lr: float, index_lr: float, **changes: Any) -> Stage:
 class Source:
     """Rows of one kind and their share of a batch.
 
-    kind "text": packed documents of a folder that `python -m train.prepare` wrote. The others are tasks of
-    train.synthetic with known answers; ``options`` are their arguments. "needles" hide in rows of ``folder``.
+    kind "text": packed documents of a folder that `python -m train.data.prepare` wrote. The others are tasks of
+    train.data.synthetic with known answers; ``options`` are their arguments. "needles" hide in rows of ``folder``.
     """
 
     kind: Literal["text", "associative_recall", "multi_query_recall", "needles"]

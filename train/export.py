@@ -20,7 +20,7 @@ from dsa_jax.config import ModelConfig
 from train.checkpoint import Checkpoints
 from train.config import Run, from_json
 from train.lora import merged
-from train.workflow import initial_params, lora_scale
+from train.trainer import initial_params, lora_scale
 
 
 def trained(folder: Path) -> tuple[Run, Any]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsa_jax.config import ModelConfig
 from dsa_jax.mla import for_training
 from dsa_jax.norm import rms_norm
-from dsa_jax.sharding import gathered_matrix, local
+from dsa_jax.sharding import gathered_matrix, shard_map
 from dsa_jax.transformer import Transformer
 from pallas_kernels.arithmetic import einsum
 from pallas_kernels.blocking import block_size, map_query_blocks
@@ -37,7 +37,7 @@ def predictions(
     its own part of the words, and what a token's parts have to say to each other is three numbers each.
     """
     tokens, words = ("batch", "sequence"), ("vocab",)
-    of_parts = local(
+    of_parts = shard_map(
         _blocks_of_words,
         in_axes=((*tokens, None), (None, *words), words, tokens),
         out_axes=(*tokens, *words),

@@ -96,8 +96,8 @@ def _parts(line: Mapping[str, Any]) -> list[str]:
     parts = [f"{name} {line[name]:.4f}" for name in ("ce", "mtp") if name in line]
     if "index_kl" in line:
         parts.append("KL " + " ".join(f"{kl:.3f}" for kl in line["index_kl"]))
-    if line["load_max"]:
-        parts.append(f"load {max(line['load_max']):.1f}x")
+    if line["max_load_ratio"]:
+        parts.append(f"load {max(line['max_load_ratio']):.1f}x")
     if "tokens_per_s" in line:
         parts.append(f"{line['tokens_per_s']:,.0f} tok/s")
     if "ceiling_share" in line:

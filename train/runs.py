@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from dsa_jax.config import ModelConfig, YarnConfig
 from train.config import Run, Source, dense, indexer_warmup, sparse
-from train.synthetic import AssociativeRecall
+from train.data.synthetic import AssociativeRecall
 
-STDLIB = "data/stdlib"  # python -m train.prepare stdlib --out data/stdlib
+STDLIB = "data/stdlib"  # python -m train.data.prepare stdlib --out data/stdlib
 
 
 def needles(folder: str, n_needles: int, weight: float = 1.0) -> Source:
@@ -49,7 +49,7 @@ def nano_cpu() -> Run:
 def nano() -> Run:
     """A 15 M parameter model of Python's own sources and documentation, through all stages: dsa_jax/nano.
 
-    Needs `python -m train.prepare stdlib --tests --out data/stdlib`. Five minutes on one NVIDIA H200, compilation
+    Needs `python -m train.data.prepare stdlib --tests --out data/stdlib`. Five minutes on one NVIDIA H200, compilation
     included. Expected: held-out cross entropy 2.6 after the dense stage, 2.5 at the end, dense and sparse alike; mass
     recall 0.98 of the oracle after the warm-up (docs/training.md).
     """

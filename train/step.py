@@ -42,7 +42,7 @@ def train_step(
     """(next state, metrics). A step whose loss or gradient is not finite changes nothing but the step count.
 
     Metrics: those of ``loss_fn``, "grad_norm" and "index_grad_norm" before their clips, "lr", "index_lr",
-    "load_max" [MoE layers]: the busiest expert's load over the mean load, and "finite".
+    "max_load_ratio" [MoE layers]: the busiest expert's load over the mean load, and "finite".
     """
     trained, rest = split(state.params, stage)
 
@@ -66,7 +66,7 @@ def train_step(
     count = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")[0][1]
     load = metrics.pop("expert_load").astype(jnp.float32)
     metrics |= norms | {
-        "load_max": load.max(-1) / jnp.maximum(load.mean(-1), 1e-9),
+        "max_load_ratio": load.max(-1) / jnp.maximum(load.mean(-1), 1e-9),
         "lr": schedule(stage.lr, stage)(count),
         "index_lr": schedule(stage.index_lr, stage)(count),
         "finite": finite,

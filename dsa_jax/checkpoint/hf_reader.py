@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from dsa_jax.checkpoint.blocks import dequantize_blocks
 from dsa_jax.checkpoint.files import read_json_object
 from dsa_jax.checkpoint.hf_config import from_hf
 from dsa_jax.checkpoint.names import SCALE_SUFFIX, layer_prefix
 from dsa_jax.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 from dsa_jax.checkpoint.tensors import FP8, Carried
 from dsa_jax.config import ModelConfig
+from dsa_jax.fp8.blocks import dequantize_blocks
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -15,12 +15,12 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from dsa_jax.checkpoint.blocks import quantize_blocks
 from dsa_jax.checkpoint.hf_config import to_hf
 from dsa_jax.checkpoint.hf_reader import INDEX_FILE, SINGLE_FILE
 from dsa_jax.checkpoint.names import SCALE_SUFFIX, TensorRow, leaf_shapes, scale_shape, tensor_table
 from dsa_jax.config import Fp8Config, ModelConfig
-from dsa_jax.fp8_weight import Fp8Weight
+from dsa_jax.fp8.blocks import quantize_blocks
+from dsa_jax.fp8.weight import Fp8Weight
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _DTYPES = {

@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from rich.console import Console
 from rich.progress import Progress
 
-from dsa_jax.checkpoint.blocks import dequantize_blocks
 from dsa_jax.checkpoint.names import SCALE_SUFFIX, TensorRow, tensor_table
 from dsa_jax.checkpoint.open_checkpoint import open_tensors
 from dsa_jax.checkpoint.orbax_folder import Leaf
@@ -24,7 +23,8 @@ from dsa_jax.checkpoint.orbax_tensors import SCALES, VALUES, OrbaxTensors
 from dsa_jax.checkpoint.pieces import Form, leaf_forms, numpy_dtype
 from dsa_jax.checkpoint.tensors import FP8, Tensors, check
 from dsa_jax.config import ModelConfig
-from dsa_jax.fp8_weight import BLOCK, Fp8Weight
+from dsa_jax.fp8.blocks import dequantize_blocks
+from dsa_jax.fp8.weight import BLOCK, Fp8Weight
 
 ShardingRule = Callable[[Leaf, tuple[int, ...]], Sharding]
 Region = tuple[slice, ...]

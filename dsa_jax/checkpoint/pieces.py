@@ -14,11 +14,11 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from dsa_jax.checkpoint.blocks import dequantize_blocks, quantize_blocks
 from dsa_jax.checkpoint.names import SCALE_SUFFIX, TensorRow
 from dsa_jax.checkpoint.safetensors_file import DTYPES
 from dsa_jax.checkpoint.tensors import FP8, Tensors
-from dsa_jax.fp8_weight import BLOCK
+from dsa_jax.fp8.blocks import dequantize_blocks, quantize_blocks
+from dsa_jax.fp8.weight import BLOCK
 
 PIECE_BYTES = 64 << 20
 Form = Literal["fp8", "bfloat16", "float32"]

@@ -25,9 +25,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import thread_code as tc
+from pallas_kernels.hopper import thread_code as tc
+from pallas_kernels.hopper.thread_code import Word
 from pallas_kernels.index_scores import xla
-from pallas_kernels.thread_code import Word
 
 WIDTH = 128  # index_head_dim
 COLUMNS = 256  # query heads of a tile: the widest wgmma

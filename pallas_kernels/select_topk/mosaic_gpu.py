@@ -19,8 +19,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import thread_code as tc
-from pallas_kernels.thread_code import Word
+from pallas_kernels.hopper import thread_code as tc
+from pallas_kernels.hopper.thread_code import Word
 
 MAX_K = 4096  # two teams of a block hold k + one tile of keys and indices each in shared memory
 MAX_THREADS = 1024  # of a block; caps a thread at 64 registers

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import thread_code as tc
+from pallas_kernels.hopper import thread_code as tc
 from pallas_kernels.sparse_mla.mosaic_gpu_fp8 import SCALE_BLOCK, HardwareFp8, InterpretedFp8
 from pallas_kernels.sparse_mla.mosaic_gpu_steps import (
     COLUMNS,

@@ -11,7 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm
 
-from pallas_kernels import thread_code as tc
+from pallas_kernels.hopper import thread_code as tc
+from pallas_kernels.hopper.thread_code import Word
 from pallas_kernels.sparse_mla.mosaic_gpu_steps import (
     HALF,
     LATENT,
@@ -26,7 +27,6 @@ from pallas_kernels.sparse_mla.mosaic_gpu_steps import (
     in_registers,
     words,
 )
-from pallas_kernels.thread_code import Word
 
 SCALE_BLOCK = 128  # values that share a scale, as in DeepSeek's cache: the columns of one group
 N_SCALES = LATENT // SCALE_BLOCK

@@ -19,8 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
-from pallas_kernels import thread_code as tc
-from pallas_kernels.thread_code import Flag, Word
+from pallas_kernels.hopper import thread_code as tc
+from pallas_kernels.hopper.thread_code import Flag, Word
 
 LATENT, ROPE = 512, 64  # kv_lora_rank and qk_rope_head_dim of V3.2 and GLM-5
 HEADS = 64  # heads of one thread block: the M of wgmma

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsa_jax import grouped
-from dsa_jax.fp8_weight import Fp8Weight
+from dsa_jax.fp8.weight import Fp8Weight
 
 SIZES = {
     "one row": [0, 1, 0],

@@ -1,4 +1,4 @@
-"""A stand-in for pallas_kernels.thread_code that runs on CPU: all threads of one block in step, in NumPy.
+"""A stand-in for pallas_kernels.hopper.thread_code that runs on CPU: all threads of one block in step, in NumPy.
 
 It checks what a GPU would not say: that every access to global memory stays inside its array, and that no two
 threads touch one word of shared memory between two barriers of their team unless both read it or both add to it.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from pallas_kernels import thread_code
+from pallas_kernels.hopper import thread_code
 
 
 class Block:

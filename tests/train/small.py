@@ -13,7 +13,7 @@ import numpy as np
 from dsa_jax.config import ModelConfig
 from dsa_jax.transformer import Transformer
 from train.config import Run, Source, Stage, dense, indexer_warmup, sparse
-from train.synthetic import AssociativeRecall
+from train.data.synthetic import AssociativeRecall
 
 OPTIONS = (("n_keys", 4), ("n_values", 4), ("n_pairs", 4))
 T = 32
@@ -73,7 +73,7 @@ def same_bits(a: Any, b: Any) -> bool:
 if __name__ == "__main__":
     from flax import traverse_util
 
-    from train.workflow import train
+    from train.trainer import train
 
     trained = train(small_run(), Path(sys.argv[1]))
     np.savez(Path(sys.argv[1]) / "final.npz", **traverse_util.flatten_dict(trained, sep="."))

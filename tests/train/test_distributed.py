@@ -21,7 +21,7 @@ from tests.train.worker import small
 from train.config import MeshSpec
 from train.distributed import AGAIN, Hosts, check_shared
 from train.metrics import METRICS_FILE, read_lines
-from train.workflow import train
+from train.trainer import train
 
 pytestmark = [
     pytest.mark.xdist_group("processes"),  # one after the other: each test takes both cores

@@ -123,7 +123,7 @@ def test_a_stage_reports_the_norms_of_what_it_trains(name, groups):
     assert ("index_grad_norm" in metrics) == ("indexer" in groups)
     stage = STAGES[name]
     assert (metrics["lr"], metrics["index_lr"]) == (np.float32(stage.lr), np.float32(stage.index_lr))
-    assert metrics["load_max"].shape == (2,) and (metrics["load_max"] >= 1).all()
+    assert metrics["max_load_ratio"].shape == (2,) and (metrics["max_load_ratio"] >= 1).all()
 
 
 def test_the_reported_norms_are_those_of_the_gradient_matrix():

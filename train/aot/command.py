@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from dsa_jax.chips import CHIPS
+from train.aot.chips import CHIPS
 from train.aot.choosing import Estimate, ranked
 from train.aot.compiling import child_environment
 from train.aot.costs import examine

@@ -26,7 +26,7 @@ from train.step import begin_stage, compiled_step
 
 
 def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
-    """(the jitted step, its arguments as shapes with shardings): what train.workflow and dsa_jax.generate run."""
+    """(the jitted step, its arguments as shapes with shardings): what train.trainer and dsa_jax.generate run."""
     config, rows = job.config, P(RULES["batch"])
 
     def init() -> Any:

@@ -12,11 +12,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dsa_jax import aot
-from dsa_jax.chips import Chip
-from dsa_jax.hlo import Program, parse
 from dsa_jax.sharding import make_mesh, mesh_text
+from train.aot import traffic as aot
+from train.aot.chips import Chip
 from train.aot.compiling import Compiled, compile_step, dumped, plan_step
+from train.aot.hlo import Program, parse
 from train.aot.job import Job
 from train.aot.options import Options
 

@@ -14,13 +14,13 @@ import jax
 from jax.experimental import topologies
 
 from dsa_jax.checkpoint import from_hf, load_config
-from dsa_jax.chips import CHIPS, Chip
 from dsa_jax.config import ModelConfig, deepseek_v32, glm5, tiny
 from dsa_jax.sharding import AXES, check_mesh, make_mesh
+from train.aot.chips import CHIPS, Chip
 from train.aot.options import Options
 from train.config import Stage, indexer_warmup, sparse
-from train.flops import forward_flops, training_flops
 from train.loss import switched
+from train.measure.flops import forward_flops, training_flops
 
 CONFIGS = {"deepseek-v3.2": deepseek_v32, "glm-5": glm5, "tiny": tiny}
 STAGES = {"train": sparse(1000, lr=1e-5, index_lr=1e-5), "warmup": indexer_warmup(1000)}
@@ -54,7 +54,7 @@ class Job:
         check_mesh(self.config, mesh, batch=self.batch, seq_len=seq_len)
 
     def flops(self) -> dict[str, float]:
-        """Of one step over all devices, by part (``train.flops``: what mathematics needs)."""
+        """Of one step over all devices, by part (``train.measure.flops``: what mathematics needs)."""
         if self.stage:
             parts = training_flops(switched(self.config, self.stage), self.seq_len, self.stage.trains)
             return {name: value * self.batch * self.seq_len for name, value in parts.items()}

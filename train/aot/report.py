@@ -108,7 +108,7 @@ def assumptions(job: Job, found: Mapping[str, Any]) -> Iterator[str]:
     needed, done = found["flops_per_device"], found["product_flops_per_device"]
     yield f"a step takes {longest:,.2f} s if everything overlaps ({bound} binds), {total:,.2f} s if nothing does"
     yield (
-        f"products: mathematics needs {needed / 1e12:,.1f} TFLOP a device (train/flops.py); the program does "
+        f"products: mathematics needs {needed / 1e12:,.1f} TFLOP a device (train/measure/flops.py); the program does "
         f"{done / 1e12:,.1f}, with what it computes again, masks and pads; the larger counts"
     )
     if "tpu_custom_call" in found["custom_calls"]:

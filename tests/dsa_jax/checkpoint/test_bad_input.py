@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from dsa_jax.checkpoint import load_config, load_params
 from dsa_jax.checkpoint.hf_reader import HfFolder
-from dsa_jax.cli import main
+from dsa_jax.commands.cli import main
 
 SHARD = "model-00002-of-00003.safetensors"
 WEIGHT = "model.layers.1.self_attn.o_proj.weight"

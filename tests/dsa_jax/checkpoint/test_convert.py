@@ -16,7 +16,7 @@ from dsa_jax.checkpoint import convert, load_config, load_params, verify, write_
 from dsa_jax.checkpoint.hf_reader import HfFolder
 from dsa_jax.checkpoint.names import tensor_table
 from dsa_jax.config import tiny
-from dsa_jax.fp8_weight import Fp8Weight
+from dsa_jax.fp8.weight import Fp8Weight
 from tests.vectors.weights import make_tokens, make_weights, write_release_checkpoint
 
 FLOAT32_NAMES = ("e_score_correction_bias", "indexer.k_norm.weight", "indexer.k_norm.bias")

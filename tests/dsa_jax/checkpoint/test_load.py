@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsa_jax.checkpoint import ReadCount, convert, load_params, write_hf
 from dsa_jax.checkpoint.hf_reader import HfFolder
 from dsa_jax.config import tiny
-from dsa_jax.fp8_weight import Fp8Weight
+from dsa_jax.fp8.weight import Fp8Weight
 from dsa_jax.transformer import Transformer
 from tests.vectors.weights import make_tokens
 

@@ -1,0 +1,1 @@
+"""``make demo``: the small model of ``dsa_jax/nano`` at work."""

@@ -1,0 +1,5 @@
+import sys
+
+from dsa_jax.demo.demo import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Two runs of the same model side by side, and transformers as the reference."""

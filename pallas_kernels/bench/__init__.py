@@ -1,0 +1,1 @@
+"""Times and memory of the operations: ``python -m pallas_kernels.bench``."""

@@ -1,0 +1,5 @@
+import sys
+
+from pallas_kernels.bench.command import main
+
+sys.exit(main())

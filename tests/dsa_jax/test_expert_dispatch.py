@@ -1,0 +1,89 @@
+"""Tokens exchanged between the devices of the experts: the same sums as on one device, whatever the experts are."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsa_jax import expert_dispatch
+from dsa_jax.config import tiny
+from dsa_jax.expert_dispatch import FEWEST, buffer_rows
+from dsa_jax.moe import Moe, moe
+from dsa_jax.sharding import expert_devices, make_mesh
+
+CONFIG = tiny(d_model=32, d_expert=16, dtype="float32")  # 8 experts in 4 groups, 3 for a token
+BIAS = {
+    "as they come": np.zeros(8),
+    "all for the first device": np.r_[[9, 9, 9, 9], [0] * 4],
+    "all for the last device, of two groups": np.r_[[0] * 4, [9, 9, 9, 9]],
+    "one expert in every choice": np.r_[[0] * 5, 9, [0] * 2],
+}
+
+
+@functools.cache
+def inputs(T):
+    parameters = Moe(CONFIG).init(jax.random.key(0))["params"]
+    return parameters, jax.random.normal(jax.random.key(1), (4, T, CONFIG.d_model))
+
+
+def run(T, bias, mesh=None):
+    parameters, x = inputs(T)
+    parameters = parameters | {"gate_bias": jnp.asarray(bias, jnp.float32)}
+
+    @jax.jit
+    def loss_and_gradients(parameters, x):
+        def loss(parameters, x):
+            y, aux = moe(x, jnp.ones(x.shape[:2], bool), parameters, CONFIG)
+            return jnp.sin(y).sum(), (y, aux["experts"], aux["expert_load"])
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(parameters, x)
+
+    if mesh is None:
+        return jax.device_get(loss_and_gradients(parameters, x))
+    with jax.set_mesh(mesh):
+        assert expert_devices(x.shape[0]) == mesh.shape["expert"]
+        return jax.device_get(loss_and_gradients(parameters, x))
+
+
+@pytest.mark.parametrize("bias", BIAS)
+def test_sums_and_gradients_are_those_of_one_device(bias):
+    T = 24
+    exchanged = run(T, BIAS[bias], make_mesh(expert=2, tensor=2, devices=jax.devices()[:4]))
+    alone = run(T, BIAS[bias])
+    if "all" in bias:  # the case does what it says: more rounds than one
+        load = alone[0][1][2]
+        assert sorted(load)[:4] == [0] * 4 and load.sum() > buffer_rows(2 * T, 3, 4, 2)[0]
+    for ours, expected in zip(jax.tree.leaves(exchanged), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
+
+
+def test_blocks_of_tokens_of_which_the_last_is_padded(monkeypatch):
+    monkeypatch.setattr(
+        expert_dispatch, "BLOCK_BYTES", 2 * 8 * 3 * CONFIG.d_model * 4
+    )  # 8 of 20 tokens of 2 rows
+    exchanged = run(20, BIAS["as they come"], make_mesh(expert=2, devices=jax.devices()[:2]))
+    for ours, expected in zip(*(jax.tree.leaves(x) for x in (exchanged, run(20, np.zeros(8)))), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
+
+
+def test_one_token_a_device():
+    exchanged = run(1, BIAS["as they come"], make_mesh(expert=4, devices=jax.devices()[:4]))
+    for ours, expected in zip(*(jax.tree.leaves(x) for x in (exchanged, run(1, np.zeros(8)))), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
+
+
+def test_tokens_that_all_devices_have_are_not_exchanged():
+    with jax.set_mesh(make_mesh(expert=8)):
+        assert expert_devices(8) == 8 and expert_devices(4) == 1
+    assert expert_devices(8) == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 4096])
+@pytest.mark.parametrize(("A", "n_held", "n_devices"), [(8, 4, 64), (8, 128, 2), (3, 1, 8), (1, 1, 2)])
+def test_the_rounds_take_all_tokens_to_one_device(tokens, A, n_held, n_devices):
+    rows, rounds = buffer_rows(tokens, A, n_held, n_devices)
+    most = tokens * min(A, n_held)
+    assert rows * rounds >= most > rows * (rounds - 1)
+    assert rows <= max(FEWEST, 2 * tokens * A // n_devices)

@@ -1,0 +1,160 @@
+"""A run on a mesh of eight simulated devices is the run on one, made, read and continued in parts."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dsa_jax.checkpoint import write_hf
+from dsa_jax.sharding import batch_sharding, make_mesh, param_shardings
+from tests.train.small import CONFIG, initial, same_bits, small_run
+from tests.train.worker import small
+from train.checkpoint import Checkpoints
+from train.config import Lora, MeshSpec, contradictions, from_json, sparse, to_json
+from train.data.sources import validation_batches
+from train.measure.evaluate import indexer_quality, score
+from train.metrics import METRICS_FILE, read_lines
+from train.placement import Layout, rows_on
+from train.trainer import fingerprint, initial_params, train
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)")
+
+RUN = dataclasses.replace(small(), mesh=MeshSpec(expert=2, context=2))  # and so data=2
+STAGE = sparse(3, lr=1e-3, index_lr=1e-3)
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def lies_where_it_belongs(tree, mesh) -> bool:
+    where = param_shardings(tree, RUN.model, mesh)
+    return jax.tree.all(jax.tree.map(lambda x, at: x.sharding.is_equivalent_to(at, x.ndim), tree, where))
+
+
+def close(got, want) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), got, want)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)], ids=["whole", "adapters"])
+def test_parameters_and_moments_are_made_in_parts(lora):
+    run = dataclasses.replace(RUN, lora=lora)
+    layout = Layout(run)
+    with layout.in_use():
+        params = initial_params(run, layout=layout)
+        state = layout.begin_stage(7, params, STAGE)
+        assert lies_where_it_belongs(state, layout.mesh) and int(state.step) == 7
+    close(jax.device_get(params), jax.device_get(initial_params(run)))
+    assert state.params is params and not any(leaf.any() for leaf in jax.tree.leaves(state.opt_state))
+
+
+def test_a_checkpoint_to_begin_with_is_read_in_parts(tmp_path):
+    alone = initial_params(RUN)
+    write_hf(tmp_path / "released", jax.device_get(alone), dataclasses.replace(RUN.model, fp8=None))
+    run = dataclasses.replace(RUN, init_from=str(tmp_path / "released"))
+    layout = Layout(run)
+    params, given = initial_params(run, layout=layout), layout.given(jax.device_get(alone))
+    for tree in (params, given):
+        assert lies_where_it_belongs(tree, layout.mesh)
+        assert jax.tree.all(jax.tree.map(same_bits, tree, alone))
+    assert fingerprint(given) == fingerprint(params) != fingerprint(jax.tree.map(lambda x: x + 1, given))
+
+
+def test_a_batch_is_put_together_from_the_rows_that_were_read():
+    layout, rows = Layout(RUN), np.arange(8 * 32, dtype=np.int32).reshape(8, 32)
+    assert layout.rows == list(range(8))
+    whole = layout.batch({"tokens": rows})["tokens"]
+    np.testing.assert_array_equal(whole, rows)
+    assert {part.data.shape for part in whole.addressable_shards} == {(2, 16)}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "halves"),
+    [
+        ({"data": 8}, ([0, 1, 2, 3], [4, 5, 6, 7])),
+        ({"expert": 2, "tensor": 2}, ([0, 1, 2, 3], [4, 5, 6, 7])),
+        (
+            {"context": 8},
+            (list(range(8)), list(range(8))),
+        ),  # each reads all rows, of which it holds one half each
+    ],
+)
+def test_a_process_reads_the_rows_that_its_devices_hold(mesh, halves):
+    where, devices = batch_sharding(RUN.model, make_mesh(**mesh), 8, 32), jax.devices()
+    assert (rows_on(devices[:4], where, (8, 32)), rows_on(devices[4:], where, (8, 32))) == halves
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "message"),
+    [
+        ({"data": 3}, {}, "the mesh data=3, .* has 3 devices, but there are 8; .* would work"),
+        ({"data": 8}, {"batch": 4}, "the batch must be a multiple of .* = 8, got 4; .* would work"),
+        ({"context": 8}, {"seq_len": 12}, "the sequence length .* context=8, got 12; .* would work"),
+        ({"tensor": 4}, {}, "n_heads must be a multiple of the mesh's tensor=4, got 2; .* would work"),
+        ({"expert": 0}, {}, "the mesh .*expert=0.* would work"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, mesh, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(RUN, mesh=MeshSpec(**mesh), **changes), tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_may_go_on_on_another_mesh():
+    stored = to_json(RUN)
+    assert from_json(stored) == RUN
+    assert contradictions(stored, dataclasses.replace(RUN, mesh=MeshSpec(tensor=2))) == []
+    assert contradictions(stored, dataclasses.replace(RUN, mesh=None)) == []
+    older = {name: value for name, value in stored.items() if name != "mesh"}
+    assert from_json(older).mesh is None and contradictions(older, RUN) == []
+
+
+class Killed(BaseException):
+    pass
+
+
+def train_until(step, run, folder, monkeypatch):
+    """Ends after the checkpoint of this step as a killed process would."""
+    save = Checkpoints.save
+
+    def save_and_die(self, state, data, run):
+        save(self, state, data, run)
+        if int(state.step) == step:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Checkpoints, "save", save_and_die)
+        train(run, folder, quiet())
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_one_device_goes_on_where_a_mesh_was_killed_and_a_mesh_where_one_device_was(tmp_path, monkeypatch):
+    one, mesh = small(), dataclasses.replace(small(), mesh=MeshSpec(expert=2, tensor=2))
+    train_until(8, mesh, tmp_path / "changing", monkeypatch)
+    train_until(12, one, tmp_path / "changing", monkeypatch)
+    train(mesh, tmp_path / "changing", quiet())
+    train(one, tmp_path / "one", quiet())
+    changing, alone = (read_lines(tmp_path / name / METRICS_FILE) for name in ("changing", "one"))
+    assert [line["step"] for line in changing] == list(range(1, 21))
+    for ours, theirs in zip(changing, alone, strict=True):
+        for name in ("loss", "ce", "index_kl", "grad_norm", "index_grad_norm", "max_load_ratio"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.nightly
+def test_an_evaluation_on_a_mesh_has_the_numbers_of_one_device():
+    run = dataclasses.replace(small_run(batch=8), mesh=RUN.mesh, eval_batches=1)
+    layout, (batch,) = Layout(run), validation_batches(run)
+
+    def evaluated(params, batch):
+        result = score(params, CONFIG, [batch], "sparse")
+        return [result.cross_entropy, result.accuracy, *indexer_quality(params, CONFIG, batch)]
+
+    with layout.in_use():
+        got = evaluated(layout.given(jax.device_get(initial())), layout.batch(batch))
+    want = evaluated(initial(), batch)
+    assert len(want) == 2 + 3  # two layers and the MTP layer
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, want)

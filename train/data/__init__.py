@@ -1,0 +1,1 @@
+"""Rows of tokens: text, tasks with known answers, mixtures, batches."""

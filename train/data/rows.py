@@ -1,0 +1,197 @@
+"""Rows of tokens for training: text cut from a prepared folder, mixtures, and the iterator of batches.
+
+A row is a dict of three int32 arrays of length T, a batch the same with a leading B:
+
+    tokens       [T]  what the model reads
+    targets      [T]  the token that follows; -1 = no loss here (end of a document, padding, not an answer)
+    segment_ids  [T]  0 = padding; a run of equal ids = one document
+
+Positions follow from `segment_ids`, and the MTP layer's targets from `targets`; neither is stored. A source of
+rows is anything with `__len__` and `__getitem__`: row i depends on i alone, whoever asks for it and when.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32
+
+Row = dict[str, Int32[np.ndarray, "T"]]
+Batch = dict[str, Int32[np.ndarray, "B T"]]
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Rows by number, 0 <= index < len(source), all of the same length T."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+
+@runtime_checkable
+class BatchIterator(Iterator[Batch], Protocol):
+    """What training asks of its data: batches, and a small JSON-able state to continue from.
+
+    The state says how many batches were taken; after `set_state(state)` the next batch is the one that
+    followed `get_state()`.
+    """
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class PackedRows:
+    """The documents of one split of a folder made by `python -m train.data.prepare`, one after another, in rows of T.
+
+    Row i reads tokens i T ... (i + 1) T - 1 of the split and stays on disk until asked for. A document longer
+    than the rest of its row goes on in the next one, as a segment of its own there. Only the last row may
+    be padded. Raises ValueError where the folder is not a prepared one or its files contradict each other.
+    """
+
+    def __init__(self, folder: Path | str, split: Literal["train", "validation"], seq_len: int) -> None:
+        folder = Path(folder)
+        manifest_file = folder / "manifest.json"
+        if not manifest_file.is_file():
+            raise ValueError(
+                f"{folder} has no manifest.json: make it with `python -m train.data.prepare SOURCE --out {folder}`"
+            )
+        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+        if split not in manifest["splits"]:
+            raise ValueError(f"split must be one of {', '.join(manifest['splits'])}, got {split!r}")
+        if seq_len < 1:
+            raise ValueError(f"seq_len must be positive, got {seq_len}")
+        self.seq_len = seq_len
+        self.vocab_size: int = manifest["vocab_size"]
+        self.pad_id: int = manifest["special_tokens"]["pad"]
+        self._tokens = np.load(folder / f"{split}.npy", mmap_mode="r")
+        self._starts = np.load(folder / f"{split}_starts.npy")
+        stated = manifest["splits"][split]["tokens"]
+        if len(self._tokens) != stated:
+            raise ValueError(
+                f"{folder / split}.npy must hold the manifest's {stated} tokens, has {len(self._tokens)}"
+            )
+
+    def __len__(self) -> int:
+        return -(-len(self._tokens) // self.seq_len)
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row must be in 0 ... {len(self) - 1}, got {index}")
+        first, length = index * self.seq_len, self.seq_len
+        read = np.asarray(self._tokens[first : first + length + 1], np.int32)
+        n_real = min(length, len(self._tokens) - first)
+        tokens = np.full(length, self.pad_id, np.int32)
+        tokens[:n_real] = read[:n_real]
+        # Which document a position belongs to; the one past the row says whether the row's last token has a target.
+        document = np.searchsorted(self._starts, np.arange(first, first + len(read)), side="right")
+        targets = np.full(length, -1, np.int32)
+        n_next = len(read) - 1
+        targets[:n_next] = np.where(document[:-1] == document[1:], read[1:], -1)
+        segment_ids = np.zeros(length, np.int32)
+        segment_ids[:n_real] = document[:n_real] - document[0] + 1
+        return {"tokens": tokens, "targets": targets, "segment_ids": segment_ids}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several sources in one stream; in any stretch of it, source i has the share weights[i] / sum(weights).
+
+    sources: RowSources or Mixtures of one row length. Which source row n of the stream comes from depends on n
+    and the weights alone. Each source is shuffled, and repeated, by itself: a small one is seen more often.
+    Raises ValueError on weights that are not positive, one per source, and on rows of different length.
+    """
+
+    sources: Sequence["RowSource | Mixture"]
+    weights: Sequence[float | int]
+
+    def __post_init__(self) -> None:
+        if len(self.sources) != len(self.weights) or not self.sources:
+            raise ValueError(
+                "Mixture needs at least one source and a weight for each, got "
+                f"{len(self.sources)} sources and {len(self.weights)} weights"
+            )
+        if not all(0 < weight < float("inf") for weight in self.weights):
+            raise ValueError(f"Mixture.weights must be positive and finite, got {tuple(self.weights)}")
+        lengths = [row_length(source) for source in self.sources]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"Mixture.sources must have rows of one length, got {lengths}")
+
+
+def row_length(source: RowSource | Mixture) -> int:
+    """T, the tokens in every row of a source. Raises ValueError if the source has no row."""
+    if isinstance(source, Mixture):
+        return row_length(source.sources[0])
+    if len(source) == 0:
+        raise ValueError(f"a source must have at least one row, {type(source).__name__} has none")
+    return len(source[0]["tokens"])
+
+
+def batches(
+    source: RowSource | Mixture,
+    batch: int,
+    seed: int,
+    *,
+    shuffle: bool = True,
+    rows: Sequence[int] | None = None,
+    epochs: int | None = None,
+    start: dict[str, Any] | None = None,
+) -> BatchIterator:
+    """Iterates over batches of rows through grain; read ahead by threads, the order fixed by the arguments.
+
+    batch: rows of the global batch, B. seed: of the shuffling, new in every epoch.
+    rows: which rows of every global batch to read and return, the same for all batches; None = all. Processes that
+    share out the rows 0 ... B - 1 have together what one process alone would have.
+    epochs: passes over the source, after which the iterator ends, short of a last incomplete batch; None = no end.
+    start: a state from `get_state`, with any rows of the same source, batch, seed and shuffle, to continue from.
+
+    Raises ValueError on sizes that do not fit, ImportError where grain is not installed.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be positive, got {batch}")
+    rows = range(batch) if rows is None else rows
+    if not rows or not 0 <= min(rows) <= max(rows) < batch:
+        raise ValueError(f"rows must be some of 0 ... {batch - 1}, got {list(rows)}")
+    row_length(source)  # refuses an empty source, which would repeat without end
+    try:
+        import grain
+    except ImportError as error:
+        raise ImportError("train.data.rows.batches reads through grain: pip install grain") from error
+
+    def stream_of(part: RowSource | Mixture) -> Any:
+        if isinstance(part, Mixture):
+            return grain.MapDataset.mix([stream_of(inner) for inner in part.sources], list(part.weights))
+        dataset = grain.MapDataset.source(part).seed(seed)
+        return (dataset.shuffle() if shuffle else dataset).repeat(epochs)
+
+    stream = stream_of(source)
+    if len(stream) < batch:
+        raise ValueError(
+            f"{epochs} epochs must fill at least one batch of {batch} rows, got {len(stream)} rows"
+        )
+    dataset = grain.MapDataset.source(_Batches(stream, batch, rows))
+    # grain's default keeps 500 elements ready; an element here is a whole batch.
+    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+    if start is not None:
+        iterator.set_state(start)
+    return iterator
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Some rows of every whole batch of a stream."""
+
+    stream: Any
+    batch: int
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.stream) // self.batch
+
+    def __getitem__(self, index: int) -> Batch:
+        found = [self.stream[index * self.batch + row] for row in self.rows]
+        return {name: np.stack([row[name] for row in found]) for name in found[0]}

@@ -1,0 +1,292 @@
+"""What a trained model is worth: cross entropy, accuracy on answers, and how well each indexer knows its attention.
+
+``params`` is what ``Transformer(config).init`` returns, a batch is a dict of ``tokens``, ``targets`` (-1 = no
+target) and ``segment_ids`` (0 = padding), each [B T] int32. Everything runs on the default device or on the mesh in
+use, compiled once per shape and configuration.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import xlogy
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels as kernels
+from dsa_jax.cache import Placement, place
+from dsa_jax.config import ModelConfig
+from dsa_jax.indexer import index_queries
+from dsa_jax.linear import linear
+from dsa_jax.mla import Mla, compress, expand, queries
+from dsa_jax.norm import rms_norm
+from dsa_jax.rope import Rotation, rotation
+from dsa_jax.sharding import constrain, lookup, shard_map
+from dsa_jax.transformer import Transformer
+from pallas_kernels.arithmetic import einsum, exponentials
+from pallas_kernels.blocking import block_size, map_query_blocks
+from pallas_kernels.keys import visible
+from train.data.synthetic import Needles
+from train.loss import final_hidden, predictions
+
+Batch = Mapping[str, Any]
+Parameters = Mapping[str, Any]
+
+RECENCY_TAUS = np.float32(2.0) ** np.arange(0, 18.5, 0.5, dtype=np.float32)  # tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """Over all targets of some batches: their number, mean negative log-likelihood in nats, fraction predicted."""
+
+    n_targets: int
+    cross_entropy: float
+    accuracy: float
+
+
+def score(
+    params: Parameters, config: ModelConfig, batches: Iterable[Batch], attention: str | None = None
+) -> Score:
+    """Cross entropy and accuracy of the next token, with the attention named ("dense", "sparse", None: config's).
+
+    Raises:
+      ValueError: the batches hold no target.
+    """
+    config = _inference(config, attention)
+    nats, right, count = 0.0, 0, 0
+    for batch in batches:
+        sums = _score_sums(params, config, batch["tokens"], batch["targets"], batch["segment_ids"])
+        nats, right, count = nats + float(sums[0]), right + int(sums[1]), count + int(sums[2])
+    if count == 0:
+        raise ValueError(
+            "a cross entropy needs at least one target (a targets entry >= 0), the batches hold 0"
+        )
+    return Score(n_targets=count, cross_entropy=nats / count, accuracy=right / count)
+
+
+def cross_entropy(
+    params: Parameters, config: ModelConfig, batches: Iterable[Batch], attention: str | None = None
+) -> float:
+    """Mean nats per target; see ``score``."""
+    return score(params, config, batches, attention).cross_entropy
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _score_sums(params, config, tokens, targets, segment_ids):
+    _, _, aux = Transformer(config).apply(params, tokens, segment_ids=segment_ids)
+    tree = params["params"]
+    nats, right = predictions(final_hidden(aux, tree, config), tree["head"], targets)
+    return nats.sum(), right.sum(), (targets >= 0).sum()
+
+
+def _inference(config: ModelConfig, attention: str | None) -> ModelConfig:
+    changes: dict[str, Any] = {} if attention is None else {"attention": attention}
+    return dataclasses.replace(config, index_loss=False, remat="none", **changes)
+
+
+def needle_accuracy(
+    params: Parameters,
+    config: ModelConfig,
+    needles: Needles,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    *,
+    rows: int = 64,
+    tokens_per_batch: int = 65536,
+) -> list[dict[str, float | int]]:
+    """Accuracy of one asked needle by length of the row and depth of the needle, with dense and sparse attention.
+
+    ``needles`` says everything else; ``rows`` is rounded up to whole batches.
+
+    Returns:
+      length, depth, rows, accuracy_dense and accuracy_sparse of every pair of a length and a depth. Both
+      accuracies are of the same rows, and equal by construction where length <= index_topk.
+    """
+    table = []
+    for length in lengths:
+        batch = min(rows, max(1, tokens_per_batch // length))
+        for depth in depths:
+            task = dataclasses.replace(needles, seq_len=length, depth=depth, n_queries=None, text_loss=False)
+            batches = [
+                _stack([task[i] for i in range(first, first + batch)]) for first in range(0, rows, batch)
+            ]
+            entry: dict[str, float | int] = {"length": length, "depth": depth, "rows": batch * len(batches)}
+            for attention in ("dense", "sparse"):
+                entry[f"accuracy_{attention}"] = score(params, config, batches, attention).accuracy
+            table.append(entry)
+    return table
+
+
+def _stack(rows: Sequence[Batch]) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def indexer_quality(params: Parameters, config: ModelConfig, batch: Batch) -> list[dict[str, float | int]]:
+    """How far each layer's indexer is from the dense attention of its layer, beside what needs no training.
+
+    The target p of a query is the softmax over all its visible keys, averaged over the heads
+    (DeepSeek-V3.2-Exp report, eq. 3). It is computed from the layer inputs of a forward pass with
+    ``config.attention``. All numbers are means over the queries that see more than K = ``config.index_topk``
+    keys: for the others every set of K keys is right.
+
+    Returns:
+      One dict per layer, the MTP layer last with ``layer == config.n_layers`` (its last query of a document, which
+      has no next token, is left out). In nats per query:
+        kl           KL(p || softmax of the index scores)
+        entropy      H(p): what is left of a cross entropy when kl is 0
+        kl_uniform   KL(p || the same weight for every visible key) = log(visible keys) - entropy
+        kl_recency   KL(p || weights exp(-distance / tau)), with the one tau of ``RECENCY_TAUS`` that is best for
+                     this layer and this batch: ``recency_tau``, in tokens
+      The part of the attention, sum of p, that falls on K keys:
+        recall          the indexer's K
+        recall_oracle   the K largest of p, which no choice exceeds
+        recall_recency  the last K
+        recall_random   any K, on average: K / visible keys
+      And overlap, the part of the oracle's K keys that the indexer chose; queries, how many were counted.
+      No dict for a layer without such queries: there the indexer had nothing to choose.
+    """
+    means = jax.device_get(_quality(params, _inference(config, None), batch["tokens"], batch["segment_ids"]))
+    queries = means.pop("queries")
+    return [
+        {"layer": layer, "queries": int(n)} | {name: float(mean[layer]) for name, mean in means.items()}
+        for layer, n in enumerate(queries)
+        if n
+    ]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _quality(params, config, tokens, segment_ids):
+    """Name -> mean per layer [L], the MTP layer behind the others; "queries" is a number of queries."""
+    placement, _ = place(segment_ids, None)
+    rope = rotation(placement.positions, config)
+    tree, model = params["params"], Transformer(config)
+    _, _, aux = model.apply(params, tokens, segment_ids=segment_ids, capture=("out",))
+
+    stacks = [tree[name] for name in ("dense_layers", "moe_layers") if name in tree]
+    layers = [{name: stack[name] for name in ("attn", "attn_norm")} for stack in stacks]
+    embedded = lookup(tree["embed"], tokens, config.dtype)
+    inputs = jnp.concatenate([embedded[None], aux["out"][:-1]])
+
+    def one_layer(layer):
+        x, parameters = layer
+        return _layer_quality(x, rope, placement, placement.valid, parameters, config)
+
+    means = jax.lax.map(one_layer, (inputs, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *layers)))
+    if not config.n_mtp_layers:
+        return {name: constrain(mean, None) for name, mean in means.items()}
+    x, has_next = _mtp_input(tree, config, aux["hidden"], tokens, segment_ids)
+    mtp = _layer_quality(x, rope, placement, has_next, tree["mtp"]["layer"], config)
+    return {name: constrain(jnp.append(means[name], mtp[name]), None) for name in means}
+
+
+def _mtp_input(tree, config, hidden, tokens, segment_ids):
+    """What the MTP layer's block reads [B T D] (see ``dsa_jax.mtp``), and where a next token exists [B T]."""
+    mtp = tree["mtp"]
+    next_tokens, next_ids = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, segment_ids))
+    owner = tree if config.mtp_shared_embeddings else mtp
+    embedded = lookup(owner["embed"], next_tokens, config.dtype)
+    embedded = rms_norm(embedded, mtp["embed_norm"], config.norm_eps)
+    hidden = rms_norm(hidden, mtp["hidden_norm"], config.norm_eps)
+    x = linear(jnp.concatenate([embedded, hidden], axis=-1), mtp["proj"])
+    return x, (next_ids == segment_ids) & (segment_ids != 0)
+
+
+def _layer_quality(
+    x: Float[Array, "B T D"],
+    rope: Rotation,
+    placement: Placement,
+    counted: Array,
+    parameters: Parameters,
+    config: ModelConfig,
+) -> dict[str, jax.Array]:
+    """The means of one layer with input x; ``parameters`` holds attn and attn_norm."""
+    attn = Mla(config).apply({"params": parameters["attn"]})  # by the names that its functions read
+    h = rms_norm(x, parameters["attn_norm"], config.norm_eps)
+    q_compressed, keys = compress(h, rope, attn, config)
+    per_query, per_key = ("batch", "queries", None), ("batch", None, None)
+    of_queries = shard_map(
+        functools.partial(_of_queries, config=config),
+        in_axes=(per_query, per_query, per_query, per_query[:2], per_key, ()),
+        out_axes=per_query[:2],
+    )
+    bounds = placement.key_start, placement.key_stop
+    return _means(of_queries(h, q_compressed, rope, bounds, keys, attn), placement, counted, config)
+
+
+def _of_queries(h, q_compressed, rope, bounds, keys, attn, config):
+    """Of every query [B T] what it makes of all keys of its row, dense and through the indexer."""
+    latent, k_rope, index_k = keys
+    K, S = config.index_topk, latent.shape[1]
+    k_nope, _ = expand(latent, attn, config)
+
+    def one_block(h, q_compressed, cos, sin, key_start, key_stop):
+        q_nope, q_rope = queries(q_compressed, (cos, sin), attn, config)
+        logits = einsum("BTNP,BSNP->BTNS", q_nope, k_nope) + einsum("BTNR,BSR->BTNS", q_rope, k_rope)
+        seen = visible(key_start, key_stop, S)
+        e, total, _ = exponentials(jnp.where(seen[:, :, None], logits * config.softmax_scale, -jnp.inf))
+        p = (e / total).mean(axis=2)
+
+        q, weights = index_queries(h, q_compressed, (cos, sin), attn["indexer"], config)
+        bounds, implementation = (key_start, key_stop), config.implementation
+        scores = kernels.index_scores(q, index_k, weights, *bounds, implementation=implementation)
+        chosen = kernels.select_topk(
+            scores, K, key_start=key_start, key_stop=key_stop, implementation=implementation
+        )
+        _, _, lse = exponentials(scores)
+        log_q = jnp.where(seen, scores - lse[..., None], 0.0)
+
+        best, oracle = jax.lax.top_k(jnp.where(seen, p, -1.0), min(K, S))
+        slots = jnp.arange(S)
+        return {
+            "entropy": -xlogy(p, p).sum(axis=-1),
+            "cross_entropy": -(p * log_q).sum(axis=-1),
+            "distance": (p * (key_stop[..., None] - 1 - slots)).sum(axis=-1),
+            "recall": (p * _listed(chosen, S)).sum(axis=-1),
+            "recall_oracle": jnp.maximum(best, 0.0).sum(axis=-1),
+            "recall_recency": jnp.where(slots >= key_stop[..., None] - K, p, 0.0).sum(axis=-1),
+            "overlap": jnp.take_along_axis(_listed(chosen, S), oracle, axis=-1).sum(axis=-1) / K,
+        }
+
+    B, T = h.shape[:2]
+    numbers = 3 * config.n_heads + config.index_n_heads + 8  # logits, exp, p of the heads; dots; what follows
+    block = block_size(T, 4 * B * S * numbers)
+    return map_query_blocks(one_block, block, h, q_compressed, *rope, *bounds)
+
+
+def _means(
+    per_query: dict[str, jax.Array], placement: Placement, counted: Array, config: ModelConfig
+) -> dict[str, jax.Array]:
+    """Means over the queries that are counted and see more than K keys."""
+    K = config.index_topk
+    n_keys = (placement.key_stop - placement.key_start).astype(jnp.float32)
+    counted &= n_keys > K
+    entropy = per_query["entropy"]
+    per_query["kl"] = per_query.pop("cross_entropy") - entropy
+    per_query["kl_uniform"] = jnp.log(jnp.maximum(n_keys, 1.0)) - entropy
+    per_query["recall_random"] = K / jnp.maximum(n_keys, 1.0)
+    distance = per_query.pop("distance")
+
+    n_counted = counted.sum()
+
+    def mean(values: jax.Array) -> jax.Array:
+        return jnp.where(counted, values, 0.0).sum() / jnp.maximum(n_counted, 1)
+
+    recency = jax.vmap(lambda tau: mean(_recency_kl(entropy, distance, n_keys, tau)))(RECENCY_TAUS)
+    means = {name: mean(values) for name, values in per_query.items()}
+    means |= {"kl_recency": recency.min(), "recency_tau": jnp.asarray(RECENCY_TAUS)[recency.argmin()]}
+    return means | {"queries": n_counted}
+
+
+def _recency_kl(entropy, distance, n_keys, tau):
+    """KL(p || exp(-d / tau) / Z) over d = 0 .. n_keys - 1 needs of p only its entropy and its mean distance."""
+    log_z = jnp.log(-jnp.expm1(-jnp.maximum(n_keys, 1.0) / tau)) - jnp.log(-jnp.expm1(-1.0 / tau))
+    return distance / tau + log_z - entropy
+
+
+def _listed(indices: Int[Array, "B T K"], S: int) -> Float[Array, "B T S"]:
+    """1 at the listed keys; -1 lists none."""
+    mark = jax.vmap(jax.vmap(lambda row, i: row.at[i].set(1.0)))
+    return mark(jnp.zeros((*indices.shape[:2], S + 1)), jnp.where(indices < 0, S, indices))[..., :S]

@@ -1,0 +1,107 @@
+"""How fast training goes on several devices, and whether it computes the same.
+
+    python -m train.measure.scaling [--data 2 | --expert 2 | --context 2 ...] [--rows 2] [--length 32768] [--json FILE]
+
+times steps of the sparse stage of ``large`` with random weights and tokens, on one device or over a mesh of all.
+The first losses are printed in full: for the same rows they are those of any other mesh, up to the order of sums.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.sharding import AXES
+from train.config import MeshSpec, Run, Source, sparse
+from train.loss import switched
+from train.measure.flops import training_flops
+from train.measure.throughput import medium, random_batch
+from train.metrics import memory_bytes
+from train.placement import Layout
+from train.step import compiled_step
+from train.trainer import initial_params
+
+
+def large() -> ModelConfig:
+    """A model of 2.2 B parameters whose attention has V3.2's dimensions per head and 64 heads."""
+    return dataclasses.replace(medium(), d_model=2048, n_layers=8, d_ff=8192, d_expert=1024, q_lora_rank=1024)
+
+
+def measure(run: Run, steps: int) -> dict[str, Any]:
+    """losses of the first ``steps`` steps, seconds of a step (median, the first left out), tokens and FLOPs per second
+    and device, bytes of the program's plan and of the device's peak (None where it does not say), compile_seconds.
+    """
+    layout, stage = Layout(run), run.stages[0]
+    batch = random_batch(run.model, run.batch, run.seq_len)
+    with layout.in_use():
+        state = layout.begin_stage(0, initial_params(run, layout=layout), stage)
+        of_device = layout.batch({name: rows[layout.rows] for name, rows in batch.items()})
+        begin = time.perf_counter()
+        step = compiled_step(run.model, stage, 0.0, layout.mesh).lower(state, of_device).compile()
+        compile_seconds = time.perf_counter() - begin
+        plan, losses, took = step.memory_analysis(), [], []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            state, metrics = step(state, of_device)
+            losses.append(float(metrics["loss"]))
+            took.append(time.perf_counter() - begin)
+    seconds = statistics.median(took[1:])
+    rate = run.batch * run.seq_len / seconds / layout.n_devices
+    flops = training_flops(switched(run.model, stage), run.seq_len, stage.trains)
+    return {
+        "devices": layout.n_devices,
+        "losses": losses,
+        "seconds": seconds,
+        "tokens_per_s_per_device": rate,
+        "flops_per_s_per_device": rate * sum(flops.values()),
+        "planned_bytes": plan.argument_size_in_bytes + plan.temp_size_in_bytes,
+        "peak_bytes": memory_bytes(),
+        "compile_seconds": compile_seconds,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.measure.scaling", description=large.__doc__)
+    for axis in AXES:
+        parser.add_argument(f"--{axis}", type=int, default=1, help="ways in which this axis splits the work")
+    parser.add_argument("--rows", type=int, default=2, help="rows of a step, on all devices together")
+    parser.add_argument("--length", type=int, default=32768, help="tokens of a row")
+    parser.add_argument("--steps", type=int, default=4, help="steps, of which the first is not timed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
+    options = parser.parse_args(arguments)
+    axes = {axis: getattr(options, axis) for axis in AXES}
+    run = Run(
+        model=large(),
+        stages=(sparse(options.steps, lr=1e-4, index_lr=1e-3),),
+        data=(Source(kind="associative_recall"),),  # not read: the tokens are random
+        batch=options.rows,
+        seq_len=options.length,
+        mesh=MeshSpec(**axes) if max(axes.values()) > 1 else None,
+    )
+    split = ", ".join(f"{axis}={n}" for axis, n in axes.items() if n > 1) or "one device"
+    device = jax.devices()[0].device_kind
+    parameters = f"{run.model.param_count() / 1e9:.2f} B parameters"
+    print(f"{device}, jax {jax.__version__}, {parameters}, {split}", flush=True)
+    found = measure(run, options.steps)
+    print(
+        f"{options.rows} rows of {options.length}: {found['seconds']:.3f} s, "
+        f"{found['tokens_per_s_per_device']:.0f} tokens/s and {found['flops_per_s_per_device'] / 1e12:.1f} TFLOP/s a "
+        f"device, {found['planned_bytes'] / 2**30:.1f} GiB planned, compiled in {found['compile_seconds']:.0f} s\n"
+        f"losses {', '.join(f'{loss:.7f}' for loss in found['losses'])}"
+    )
+    if options.json:
+        about = {"device": device, "jax": jax.__version__, "mesh": axes, "rows": options.rows}
+        options.json.write_text(json.dumps(about | {"length": options.length} | found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from train.reports.report import main
+
+sys.exit(main())

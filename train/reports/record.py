@@ -1,0 +1,60 @@
+"""A run's folder as its report reads it: config.json, metrics.jsonl and eval.jsonl of ``train.trainer``."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from train.metrics import EVAL_FILE, METRICS_FILE, read_lines
+
+Line = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a folder says about its run. ``metrics`` has at least one line; ``evaluations`` may have none."""
+
+    name: str
+    config: Line
+    metrics: list[Line]
+    evaluations: list[Line]
+
+    @property
+    def stages(self) -> list[tuple[str, int, int]]:
+        """(name, steps before it, its last step), as far as the run has come."""
+        found, before, last = [], 0, self.metrics[-1]["step"]
+        for stage in self.config["stages"]:
+            if before < last:
+                found.append((stage["name"], before, min(before + stage["steps"], last)))
+            before += stage["steps"]
+        return found
+
+    def layer_name(self, layer: int) -> str:
+        return "MTP layer" if layer == self.config["model"]["n_layers"] else f"layer {layer}"
+
+    def moe_layer_name(self, index: int) -> str:
+        """Of an entry of a list over the MoE layers."""
+        return self.layer_name(index + self.config["model"]["n_dense_layers"])
+
+
+def read_run(folder: Path) -> Record:
+    """Raises ValueError, saying which file is missing, empty or no JSON."""
+    for name in ("config.json", METRICS_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"a run's folder must have config.json and {METRICS_FILE}: {folder} has no {name}"
+            )
+    metrics = read_lines(folder / METRICS_FILE)
+    if not metrics:
+        raise ValueError(f"{folder / METRICS_FILE} must have at least one step, has none yet")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    evaluations = read_lines(folder / EVAL_FILE) if (folder / EVAL_FILE).is_file() else []
+    return Record(name=folder.resolve().name, config=config, metrics=metrics, evaluations=evaluations)
+
+
+def place(line: Line) -> str:
+    """Where in the run an evaluation stands."""
+    return "before training" if line["after"] == "before" else f"after {line['after']}"
