@@ -1,10 +1,17 @@
-"""The three operations in NumPy float64, written from the equations one query at a time."""
+"""The three operations in NumPy float64, written from the equations, one query at a time.
+
+No JAX here, and nothing shared with the packages: an error would have to be made twice to go unnoticed. Letters are those
+of ``pallas_kernels``; key_start and key_stop [B T] bound the visible keys of each query.
+"""
 
 import numpy as np
 
 
 def index_scores(q, k, weights, key_start, key_stop, k_scale=None):
-    """I[t, s] = k_scale[s] sum_i w[t, i] relu(q[t, i] . k[s]); -inf outside [key_start, key_stop)."""
+    """Index scores [B T S]: I[t, s] = k_scale[s] sum_i w[t, i] relu(q[t, i] . k[s]); -inf for keys that are not visible.
+
+    q [B T I J], k [B S J], weights [B T I], k_scale [B S]. Source: DeepSeek-V3.2-Exp report, eq. (1).
+    """
     q, k, weights = (np.asarray(x, np.float64) for x in (q, k, weights))
     key_start, key_stop = np.asarray(key_start), np.asarray(key_stop)
     B, T = q.shape[:2]
@@ -20,7 +27,10 @@ def index_scores(q, k, weights, key_start, key_stop, k_scale=None):
 
 
 def select_topk(scores, k, key_start=None, key_stop=None):
-    """Stable order by falling score; ascending indices; -1 behind them."""
+    """Indices [B T k] of the k best visible keys per query, ascending, then -1; the lowest index wins a tie.
+
+    scores [B T S]; -inf marks a key that must not be chosen. Source: DeepSeek-V3.2-Exp report, eq. (2).
+    """
     scores = np.asarray(scores, np.float64)
     key_start, key_stop = (None if x is None else np.asarray(x) for x in (key_start, key_stop))
     B, T, S = scores.shape
@@ -36,7 +46,11 @@ def select_topk(scores, k, key_start=None, key_stop=None):
 
 
 def sparse_mla(q_latent, q_rope, latent, k_rope, topk_indices, scale):
-    """Softmax over the listed keys; the latent is key and value. (out, lse); (0, -inf) without keys."""
+    """(out [B T N C], lse [B T N]): softmax attention over the listed keys; the latent is both key and value.
+
+    q_latent [B T N C], q_rope [B T N R], latent [B S C], k_rope [B S R], topk_indices [B T K] with -1 for no key.
+    A query without keys has out = 0 and lse = -inf.
+    """
     q_latent, q_rope, latent, k_rope = (np.asarray(x, np.float64) for x in (q_latent, q_rope, latent, k_rope))
     topk_indices = np.asarray(topk_indices)
     B, T, N, _ = q_latent.shape
