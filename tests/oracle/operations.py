@@ -1,14 +1,14 @@
 """The three operations in NumPy float64, written from the equations, one query at a time.
 
-No JAX here, and nothing shared with the packages: an error would have to be made twice to go unnoticed. Letters are those
-of ``pallas_kernels``; key_start and key_stop [B T] bound the visible keys of each query.
+No JAX here, and nothing shared with the packages: an error would have to be made twice to go unnoticed. Letters are
+those of ``pallas_kernels``; key_start and key_stop [B T] bound the visible keys of each query.
 """
 
 import numpy as np
 
 
 def index_scores(q, k, weights, key_start, key_stop, k_scale=None):
-    """Index scores [B T S]: I[t, s] = k_scale[s] sum_i w[t, i] relu(q[t, i] . k[s]); -inf for keys that are not visible.
+    """Index scores [B T S]: I[t, s] = k_scale[s] sum_i w[t, i] relu(q[t, i] . k[s]); -inf outside the visible keys.
 
     q [B T I J], k [B S J], weights [B T I], k_scale [B S]. Source: DeepSeek-V3.2-Exp report, eq. (1).
     """
