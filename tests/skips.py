@@ -39,6 +39,7 @@ class ExpectedSkips:
         if hasattr(config, "workeroutput"):
             config.workeroutput["collected"] = sorted(self.collected)
 
+    @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
     def pytest_testnodedown(self, node: Any) -> None:
         self.collected |= set(getattr(node, "workeroutput", {}).get("collected", ()))
 
