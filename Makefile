@@ -1,7 +1,8 @@
-# Both main targets work in their own virtual environment, .venv, made on first use; later runs reuse it.
+# `make demo` works in the virtual environment .venv, made on first use with PYTHON; `make test` makes its own, one for
+# each environment of tests/environments.py, with the Pythons that it finds.
 #   make clean demo PYTHON=python3.12 CONSTRAINTS=     another Python, newest versions of everything
 PYTHON ?= python3
-CONSTRAINTS ?= constraints.txt
+CONSTRAINTS ?= constraints/$(shell $(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
@@ -12,25 +13,24 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo    install into .venv without PyTorch, then let a small trained model continue a Python file"
 	@echo "             (make demo FILE=path.py: yours), with checks, speed and two pictures"
-	@echo "make test    install the test tools and PyTorch too, then check style, types and run the tests"
-	@echo "make test-all  the same and the long tests, some minutes more"
+	@echo "make test    check style and types, then run the tests with each supported JAX that there is a Python for:"
+	@echo "             3.11 (PyTorch is installed too, to compare with), and 3.12 or newer"
+	@echo "make test-all  the same and the slow tests, some minutes more"
 	@echo "make lint    the style and type checks of make test alone"
-	@echo "make clean   remove .venv, runs/ and caches"
+	@echo "make clean   remove the virtual environments, runs/ and caches"
 
-# On CPU unless told otherwise: make test installs libtpu, which would look for a TPU first, and at length.
+# On CPU unless told otherwise: where libtpu is installed too, JAX would look for a TPU first, and at length.
 demo: $(VENV)/.demo
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m dsa_jax.demo $(if $(FILE),'$(FILE)')
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --timeout 600 -m "not nightly" tests
+test:
+	@$(PYTHON) tests/environments.py
 
-test-all: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --timeout 600 tests
+test-all:
+	@$(PYTHON) tests/environments.py --slow
 
-lint: $(VENV)/.test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+lint:
+	@$(PYTHON) tests/environments.py --lint
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -43,10 +43,6 @@ $(VENV)/.demo: pyproject.toml $(CONSTRAINTS) | $(VENV)/.python
 	$(INSTALL) -e '.[demo]'
 	@touch $@
 
-$(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(VENV)/.python
-	$(INSTALL) -e '.[demo,parity,test,tpu]'
-	@touch $@
-
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv* runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,8 @@ from dsa_jax.config import Fp8Config, ModelConfig, YarnConfig, deepseek_v32, glm
 from dsa_jax.generate import Sampling, generate, stream
 from dsa_jax.transformer import Transformer
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 __all__ = [
     "Cache",
     "Fp8Config",
@@ -13,6 +15,7 @@ __all__ = [
     "Sampling",
     "Transformer",
     "YarnConfig",
+    "__version__",
     "deepseek_v32",
     "generate",
     "glm5",

@@ -1,7 +1,8 @@
 """Where the tests run and what is checked while they run.
 
-JAX runs on CPU with eight simulated devices, unless JAX_PLATFORMS says otherwise: on a GPU machine run
-`JAX_PLATFORMS=cuda,cpu python -m pytest tests`. Both settings must be made before JAX is imported.
+JAX runs on CPU with eight simulated devices, unless JAX_PLATFORMS names another platform: on a GPU machine run
+`JAX_PLATFORMS=cuda,cpu python -m pytest tests`. Both settings must be made before JAX is imported. A test marked
+`devices(8)` is skipped where there are not that many.
 
 With jaxtyping and beartype installed, every annotated function of the three packages checks the types and
 shapes of its arguments and results. Where beartype is missing the tests run without these checks and the
@@ -14,8 +15,10 @@ import tempfile
 
 import pytest
 
-if not os.environ.get("JAX_PLATFORMS"):
-    os.environ["JAX_PLATFORMS"] = "cpu"
+from tests import skips
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
+if os.environ["JAX_PLATFORMS"] == "cpu":
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Level 0: hundreds of small programs are compiled and run once, and LLVM's optimiser is most of that.
         flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -41,6 +44,28 @@ if not MISSING_CHECKERS:
     from jaxtyping import install_import_hook
 
     install_import_hook(CHECKED_PACKAGES, "beartype.beartype")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--environment",
+        choices=skips.names(),
+        help="compare the skipped tests with those that tests/expected_skips lists for this environment",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if name := config.getoption("environment"):
+        config.pluginmanager.register(skips.ExpectedSkips(name), "expected skips")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if marker := item.get_closest_marker("devices"):
+        import jax
+
+        if jax.device_count() not in marker.args:
+            numbers = " or ".join(map(str, marker.args))
+            pytest.skip(f"needs {numbers} devices, here {jax.device_count()} (see tests/conftest.py)")
 
 
 def pytest_report_header() -> str:

@@ -45,7 +45,7 @@ def abstract_model(config, T):
 @pytest.mark.parametrize(
     ("chip", "form"),
     [
-        pytest.param(chip, form, marks=() if (chip, form) in ALWAYS else pytest.mark.nightly)
+        pytest.param(chip, form, marks=() if (chip, form) in ALWAYS else pytest.mark.slow)
         for chip in CHIPS
         for form in ("mha", "mqa")
     ],
@@ -68,7 +68,7 @@ def test_forward_decode_and_gradient_compile_for_tpu(chip, form):
 
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize(
-    "chip", [pytest.param(chip, marks=() if chip == "v6e" else pytest.mark.nightly) for chip in ALL_CHIPS]
+    "chip", [pytest.param(chip, marks=() if chip == "v6e" else pytest.mark.slow) for chip in ALL_CHIPS]
 )
 def test_experts_compile_for_tpu_and_multiply_each_row_once(chip):
     """At V3.2's sizes, gradient included; "highest" is what `compare` asks for, and no precision of bfloat16."""
@@ -109,7 +109,7 @@ def test_sparse_attention_of_32768_tokens_stays_below_4_gib():
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 def test_one_layer_of_the_released_model_compiles_for_tpu(chip):
     """A whole MoE layer at V3.2's sizes, 4096 tokens, so that the indexer selects 2048 of 4096 keys."""

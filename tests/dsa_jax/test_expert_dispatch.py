@@ -47,6 +47,7 @@ def run(T, bias, mesh=None):
         return jax.device_get(loss_and_gradients(parameters, x))
 
 
+@pytest.mark.devices(4, 8)
 @pytest.mark.parametrize("bias", BIAS)
 def test_sums_and_gradients_are_those_of_one_device(bias):
     T = 24
@@ -59,6 +60,7 @@ def test_sums_and_gradients_are_those_of_one_device(bias):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
 
 
+@pytest.mark.devices(2, 4, 8)
 def test_blocks_of_tokens_of_which_the_last_is_padded(monkeypatch):
     monkeypatch.setattr(
         expert_dispatch, "BLOCK_BYTES", 2 * 8 * 3 * CONFIG.d_model * 4
@@ -68,12 +70,14 @@ def test_blocks_of_tokens_of_which_the_last_is_padded(monkeypatch):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
 
 
+@pytest.mark.devices(4, 8)
 def test_one_token_a_device():
     exchanged = run(1, BIAS["as they come"], make_mesh(expert=4, devices=jax.devices()[:4]))
     for ours, expected in zip(*(jax.tree.leaves(x) for x in (exchanged, run(1, np.zeros(8)))), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
 
 
+@pytest.mark.devices(8)
 def test_tokens_that_all_devices_have_are_not_exchanged():
     with jax.set_mesh(make_mesh(expert=8)):
         assert expert_devices(8) == 8 and expert_devices(4) == 1

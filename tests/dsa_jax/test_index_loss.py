@@ -45,8 +45,8 @@ def indexer_of(gradient, layer):
     [
         ("dense", "mha"),
         ("sparse", "mqa"),
-        pytest.param("dense", "mqa", marks=pytest.mark.nightly),
-        pytest.param("sparse", "mha", marks=pytest.mark.nightly),
+        pytest.param("dense", "mqa", marks=pytest.mark.slow),
+        pytest.param("sparse", "mha", marks=pytest.mark.slow),
     ],
 )
 class TestLoss:

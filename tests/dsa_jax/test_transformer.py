@@ -100,7 +100,7 @@ def test_decode_goes_on_after_padding_of_either_side():
         close(cached[:, 40:], expected)
 
 
-@pytest.mark.parametrize("form", [pytest.param("mha", marks=pytest.mark.nightly), "mqa"])
+@pytest.mark.parametrize("form", [pytest.param("mha", marks=pytest.mark.slow), "mqa"])
 def test_packed_documents_equal_the_documents_alone(form):
     lengths = [20, 1, 43]
     ids = jnp.asarray(np.repeat([3, 1, 3], lengths))[None].repeat(
@@ -125,7 +125,7 @@ def test_sparse_equals_dense_when_topk_covers_all_keys_and_only_then():
     assert np.abs(sparse[:, 16:] - dense[:, 16:]).max() > 0.01
 
 
-@pytest.mark.parametrize("query_block", [7, pytest.param(48, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("query_block", [7, pytest.param(48, marks=pytest.mark.slow)])
 def test_query_block_changes_memory_only(query_block):
     for form in ("mha", "mqa"):
         close(logits_of(TOKENS, query_block=query_block, attention_form=form), logits_of(TOKENS))

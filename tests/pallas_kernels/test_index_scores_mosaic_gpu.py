@@ -42,7 +42,6 @@ def same(scores, inputs):
     assert error < TOLERANCE[q.dtype], error
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or jax.__version_info__ < (0, 11), reason="needs a CPU and jax 0.11")
 def test_the_pipeline_in_the_interpreter_equals_xla():
     from jax.experimental.pallas import mosaic_gpu as plgpu

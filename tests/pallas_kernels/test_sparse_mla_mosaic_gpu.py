@@ -69,7 +69,6 @@ def check(out, lse, inputs, latent_scale=None):
     np.testing.assert_allclose(lse[has_keys], reference_lse[has_keys], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU, reason="runs on CPU")
 @pytest.mark.parametrize(
     ("B", "T", "N", "S", "K", "fp8"),

@@ -25,7 +25,7 @@ from train.trainer import train
 
 pytestmark = [
     pytest.mark.xdist_group("processes"),  # one after the other: each test takes both cores
-    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)"),
+    pytest.mark.devices(8),
 ]
 
 REPOSITORY = Path(__file__).parents[2]
@@ -136,7 +136,7 @@ def close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], rtol: floa
         np.testing.assert_allclose(ours[name], theirs[name], rtol=rtol, atol=rtol * scale, err_msg=name)
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_two_processes_of_which_one_is_killed_have_the_curve_of_one_process(tmp_path):
     folder = tmp_path / "run"
     flags = (*MESH_FLAGS, "--heartbeat-timeout", "10")

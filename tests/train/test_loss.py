@@ -44,7 +44,7 @@ def test_blocked_cross_entropy_and_its_gradients_are_the_naive_ones(monkeypatch,
 MESHES = [{"data": 2, "context": 2, "tensor": 2}, {"data": 2, "context": 4}, {"expert": 2, "tensor": 4}]
 
 
-@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)")
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("n_words", [240, 171])  # 171: every device has all words
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_on_a_mesh_every_device_blocks_its_own_tokens_and_words(monkeypatch, axes, n_words):

@@ -19,7 +19,7 @@ from train.metrics import METRICS_FILE, read_lines
 from train.placement import Layout, rows_on
 from train.trainer import fingerprint, initial_params, train
 
-pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)")
+pytestmark = pytest.mark.devices(8)
 
 RUN = dataclasses.replace(small(), mesh=MeshSpec(expert=2, context=2))  # and so data=2
 STAGE = sparse(3, lr=1e-3, index_lr=1e-3)
@@ -130,7 +130,6 @@ def train_until(step, run, folder, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
 def test_one_device_goes_on_where_a_mesh_was_killed_and_a_mesh_where_one_device_was(tmp_path, monkeypatch):
     one, mesh = small(), dataclasses.replace(small(), mesh=MeshSpec(expert=2, tensor=2))
     train_until(8, mesh, tmp_path / "changing", monkeypatch)
@@ -144,7 +143,7 @@ def test_one_device_goes_on_where_a_mesh_was_killed_and_a_mesh_where_one_device_
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_an_evaluation_on_a_mesh_has_the_numbers_of_one_device():
     run = dataclasses.replace(small_run(batch=8), mesh=RUN.mesh, eval_batches=1)
     layout, (batch,) = Layout(run), validation_batches(run)

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from train.metrics import METRICS_FILE, read_lines
 
@@ -52,7 +51,6 @@ def curve(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     step = random.randrange(1, STEPS)
     whole, killed = tmp_path / "whole", tmp_path / "killed"

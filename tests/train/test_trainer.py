@@ -48,7 +48,7 @@ def nano_cpu(tmp_path_factory):
     return done.stdout, read_lines(folder / "eval.jsonl")
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.xdist_group("quick run")  # its fixture trains for minutes: once, not once a worker
 class TestQuickRun:
     def test_it_prints_what_each_stage_changed(self, nano_cpu):
@@ -190,7 +190,6 @@ def short_run(tmp_path_factory):
     return folder, trained
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_evaluated_around_every_stage_and_changes_no_more(short_run):
     folder, trained = short_run
     run = small_run(*SHORT, eval_batches=1, checkpoint_every=4)
@@ -215,7 +214,6 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(short_run):
     assert (folder / "config.json").read_bytes() == config
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_metric_step_and_checkpoint(tmp_path, monkeypatch):
     """Step 5 reads parameters that are not finite; seen at step 6, because only every third step is looked at."""
 

@@ -162,7 +162,7 @@ def test_a_bad_destination_or_option_is_one_clear_sentence(release, tmp_path, ca
     assert (taken / "thesis.tex").exists() and not (tmp_path / "out").exists()
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_two_thousand_folders_with_mutated_headers_are_opened_or_refused_clearly(release, tmp_path) -> None:
     path = tmp_path / "folder"
     shutil.copytree(release, path)

@@ -99,7 +99,6 @@ def test_nothing_of_a_crash_is_left_behind(release, tmp_path, monkeypatch, small
     assert not any((tmp_path / "orbax" / name).exists() for name in (MARKER, JOURNAL))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["to orbax", "to hf"])
 def test_kill_9_at_three_random_points_is_resumed(release, tmp_path, direction, small_steps) -> None:
     source = release

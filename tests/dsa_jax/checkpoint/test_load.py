@@ -126,7 +126,6 @@ print(len(jax.devices()), len(jax.local_devices()), count.read, count.total)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "orbax fp8"])
 def test_each_of_two_hosts_reads_half(folders, kind) -> None:
     """Two processes with four devices each. What cannot be divided by eight is read by both."""

@@ -17,7 +17,6 @@ LENGTH = (
 
 
 @pytest.mark.parity
-@pytest.mark.slow
 def test_transformers_computes_the_same_from_the_trained_weights():
     """Each side chooses its own keys; PyTorch then attends to ours, so that a tie does not end the comparison.
 

@@ -182,8 +182,8 @@ CASES = [
     (1, 6, 2, YARN, 64, 256),
     (1, 4, 1, DEFAULT, 64, 256),
     (1, 5, 1, SHORT_YARN, 16, 64),
-    pytest.param(0, 6, 2, DEFAULT, 16, 256, marks=pytest.mark.nightly),
-    pytest.param(0, 4, 2, SHORT_YARN, 64, 160, marks=pytest.mark.nightly),
+    pytest.param(0, 6, 2, DEFAULT, 16, 256, marks=pytest.mark.slow),
+    pytest.param(0, 4, 2, SHORT_YARN, 64, 160, marks=pytest.mark.slow),
 ]
 
 

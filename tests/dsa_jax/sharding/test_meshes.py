@@ -27,9 +27,7 @@ from tests.train.small import T, batch_of
 from train.config import indexer_warmup, sparse
 from train.step import begin_stage, train_step
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() not in (8, 16), reason="needs eight devices (see tests/conftest.py)"
-)
+pytestmark = pytest.mark.devices(8, 16)
 
 # Several blocks of queries on every device, and four times as many keys as a query may select.
 CONFIG = dataclasses.replace(SMALL, n_heads=4, query_block=4, index_topk=8)
@@ -148,7 +146,6 @@ def differences_of_inference(axes: Axes):
     }
 
 
-@pytest.mark.slow
 def test_prefill_and_decode_are_the_same():
     for found in differences_of_inference(("expert", "context", "tensor")).values():
         assert_close(found)
@@ -168,7 +165,7 @@ def table():
     print("", *lines, sep="\n")
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES, ids="-".join)
 def test_every_combination_of_axes_computes_what_one_device_does(axes, table, request):
     sizes = sizes_of(axes)
@@ -201,7 +198,7 @@ def line_of_another_process(test: str, folder: str, mesh: str) -> str:
     return next(line for line in done.stdout.splitlines() if line.startswith(f"| `{mesh}`"))
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_parameters_made_on_the_mesh_are_those_made_on_one_device():
     mesh = mesh_of(("expert", "context", "tensor"))
     where = param_shardings(initial(), CONFIG, mesh)

@@ -30,7 +30,7 @@ from train.lora import with_adapters
 from train.optimizer import group_of, split
 from train.step import begin_stage
 
-pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)")
+pytestmark = pytest.mark.devices(8)
 
 CONFIG = dataclasses.replace(SMALL, n_heads=4)
 

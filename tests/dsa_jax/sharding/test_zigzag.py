@@ -19,7 +19,7 @@ from dsa_jax.sharding import make_mesh, query_axes, shard_map
 from dsa_jax.sharding.zigzag import swap_halves
 from pallas_kernels import dispatch, index_scores_has_kernel
 
-pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)")
+pytestmark = pytest.mark.devices(8)
 
 MESHES = [
     {"context": 2},

@@ -11,7 +11,7 @@ import pallas_kernels as pk
 from pallas_kernels.bench.index_kl_memory import FORMS, main, shapes, temporary_bytes, written_out
 from pallas_kernels.cases import Case
 
-pytestmark = pytest.mark.nightly
+pytestmark = pytest.mark.slow
 
 
 def case(T, S=None, **sizes):
@@ -43,11 +43,17 @@ def test_the_written_out_formula_is_the_dense_loss():
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+def logits_bytes(T):
+    return 4 * case(T).N * T * T
+
+
 def test_only_the_written_out_formula_grows_with_pairs():
     need = functools.cache(lambda form, T, S: temporary_bytes(form, case(T, S)))
-    assert need("written out", 4096, 4096) > 3.9 * need("written out", 2048, 2048)
-    # A tenth of what the attention logits alone would take, and no more than twice as much for twice the keys.
-    assert need("dense", 4096, 4096) < 0.1 * 4 * 128 * 4096**2 * 2
+    # Written out, the float32 logits of every head are held at once, whatever else a compiler fuses or reuses.
+    for T in (2048, 4096):
+        assert need("written out", T, T) >= logits_bytes(T)
+    # In blocks, a fifth of that, and no more than twice as much for twice the keys.
+    assert need("dense", 4096, 4096) < logits_bytes(4096) / 5
     assert need("dense", 4096, 4096) < 2.1 * need("dense", 2048, 2048)
     assert need("selected", 512, 4096) < 2.1 * need("selected", 512, 2048)
 

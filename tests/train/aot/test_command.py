@@ -21,7 +21,7 @@ from train.aot.options import Options
 from train.measure.flops import training_flops
 
 TINY = ["--config", "tiny", "--seq-len", "64", "--batch", "8"]
-simulated = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)")
+simulated = pytest.mark.devices(8)
 needs_libtpu = pytest.mark.skipif(
     not importlib.util.find_spec("libtpu"),
     reason="compiling for TPU needs libtpu: pip install 'dsa-jax[tpu]'",
@@ -37,7 +37,6 @@ def written(tmp_path, *arguments):
 
 @needs_libtpu
 @pytest.mark.tpu_compile
-@pytest.mark.slow
 def test_a_step_compiles_for_a_tpu_and_everything_is_reported(tmp_path, capsys):
     dump = tmp_path / "dump"
     arguments = ["--topology", "v5p:2x2x1", "--mode", "decode", "--mesh", "expert=2", "--layers", "2"]
@@ -73,7 +72,7 @@ def test_a_step_compiles_for_a_tpu_and_everything_is_reported(tmp_path, capsys):
 
 @needs_libtpu
 @pytest.mark.tpu_compile
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_a_plan_is_the_program_without_its_code(tmp_path, capsys):
     arguments = ["--topology", "v5p:2x2x1", "--mode", "decode", "--mesh", "expert=2", "--layers", "1"]
     code, content = written(tmp_path, *arguments, "--plan", "--dump", str(tmp_path / "plan"))
@@ -86,7 +85,6 @@ def test_a_plan_is_the_program_without_its_code(tmp_path, capsys):
 
 
 @simulated
-@pytest.mark.slow
 def test_memory_is_what_the_compiler_says(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(CHIPS, "h200", dataclasses.replace(CHIPS["h200"], hbm_bytes=2e6))
     dump = tmp_path / "dump"
@@ -105,7 +103,6 @@ def test_memory_is_what_the_compiler_says(tmp_path, monkeypatch, capsys):
 
 
 @simulated
-@pytest.mark.slow
 def test_suggest_compiles_the_best_and_ranks_them(tmp_path, capsys):
     arguments = ["--topology", "h200:8", "--mode", "decode", "--layers", "1", "--suggest", "--tries", "2"]
     code, content = written(tmp_path, *arguments)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -24,8 +23,8 @@ def test_it_prints_and_writes_what_it_measured(monkeypatch, tmp_path, capsys):
     assert f"{written['losses'][0]:.7f}" in printed and f"{written['seconds']:.3f} s" in printed
 
 
-@pytest.mark.nightly
-@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)")
+@pytest.mark.slow
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("mesh", [MeshSpec(expert=2), MeshSpec(context=2, tensor=2)], ids=str)
 def test_every_mesh_has_the_losses_of_one_device(mesh):
     run = small_run(batch=8, stages=(sparse(3, lr=1e-3, index_lr=1e-3),))
