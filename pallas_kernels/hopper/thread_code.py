@@ -11,27 +11,11 @@ import it.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from jax.experimental.mosaic.gpu import utils as mosaic
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
 FULL_WARP = 0xFFFFFFFF
-
-
-def require_hopper() -> None:
-    """Raises NotImplementedError unless the default device can run these kernels."""
-    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
-    if version < (0, 11):
-        raise NotImplementedError(f"the kernels need jax 0.11 or newer, this is {jax.__version__}")
-    device = jax.devices()[0]
-    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
-        raise NotImplementedError(f"the kernels run on Hopper GPUs (compute capability 9.0), not on {device}")
-
-
-def multiprocessors() -> int:
-    """How many the default device has; an H200's where it does not say (compiling without a GPU)."""
-    return getattr(jax.devices()[0], "core_count", None) or 132
 
 
 def i32() -> ir.Type:

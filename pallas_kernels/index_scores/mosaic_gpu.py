@@ -25,6 +25,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hopper import device
 from pallas_kernels.hopper import thread_code as tc
 from pallas_kernels.hopper.thread_code import Word
 from pallas_kernels.index_scores import xla
@@ -89,13 +90,13 @@ def index_scores(
 
 def check(I: int, J: int, dtype: jnp.dtype) -> None:
     """Raises NotImplementedError if no queries of these sizes and dtype can be served here."""
-    tc.require_hopper()
     if dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
         raise NotImplementedError(f"the kernel multiplies bfloat16 or float8_e4m3fn, got {dtype}")
     if J != WIDTH or I > 64:
         raise NotImplementedError(
             f"the kernel needs index_head_dim {WIDTH} and at most 64 heads, got {J=}, {I=}"
         )
+    device.require_hopper()
 
 
 @jax.custom_vjp
@@ -128,7 +129,7 @@ def _run(q, k, weights, key_start, key_stop, k_scale, **options: Any) -> jax.Arr
     if B * T * S == 0:
         return jnp.zeros((B, T, S), jnp.float32)
     n_heads = max(8, 1 << (I - 1).bit_length())
-    options.setdefault("n_blocks", tc.multiprocessors())
+    options.setdefault("n_blocks", device.n_multiprocessors())
     plan = _Plan(B, T, S, n_heads, q.dtype.itemsize, k_scale is not None, **options)
     rows = plan.tiles * plan.queries
     q = _pad(q, (B, rows, n_heads, J)).reshape(B, rows * n_heads, J)

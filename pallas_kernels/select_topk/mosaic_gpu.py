@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hopper import device
 from pallas_kernels.hopper import thread_code as tc
 from pallas_kernels.hopper.thread_code import Word
 
@@ -39,7 +40,6 @@ def select_topk(
     Raises:
       NotImplementedError: no Hopper GPU, scores not float32, k > MAX_K, or rows of 2**29 keys or more.
     """
-    tc.require_hopper()
     B, T, S = scores.shape
     if scores.dtype != jnp.float32:
         raise NotImplementedError(f"the kernel reads float32 scores, got {scores.dtype}")
@@ -47,11 +47,12 @@ def select_topk(
         raise NotImplementedError(f"the kernel keeps at most {MAX_K} keys per query, got {k=}")
     if S >= 2**29:
         raise NotImplementedError(f"the kernel addresses rows below 2**29 keys, got {S=}")
+    device.require_hopper()
     if B * T * S == 0:
         return jnp.full((B, T, k), -1, jnp.int32)
     scores = lax.stop_gradient(scores)
     bounds = () if key_start is None or key_stop is None else (key_start.reshape(-1), key_stop.reshape(-1))
-    n_blocks = tc.multiprocessors()
+    n_blocks = device.n_multiprocessors()
     # A row to itself has the lower latency, two at a time the higher throughput.
     shape = ONE_ROW if B * T <= n_blocks else TWO_ROWS
     kernel = _kernel(B * T, S, k, bool(bounds), shape, n_blocks)

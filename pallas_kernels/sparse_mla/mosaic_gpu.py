@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hopper import thread_code as tc
+from pallas_kernels.hopper import device
 from pallas_kernels.sparse_mla.mosaic_gpu_fp8 import SCALE_BLOCK, HardwareFp8, InterpretedFp8
 from pallas_kernels.sparse_mla.mosaic_gpu_steps import (
     COLUMNS,
@@ -75,7 +75,7 @@ def forward(
     """
     B, T, N, C = q_latent.shape
     S, R, K = latent.shape[1], q_rope.shape[-1], topk_indices.shape[-1]
-    check(C, R, q_latent.dtype, interpret=interpret)
+    _check_contract(C, R, q_latent.dtype)
     if latent_scale is not None and latent_scale.shape[2] != LATENT // SCALE_BLOCK:
         raise NotImplementedError(
             f"the kernel takes one scale for {SCALE_BLOCK} values, got {latent_scale.shape[2]} for {LATENT}"
@@ -84,7 +84,9 @@ def forward(
         raise NotImplementedError(f"the kernel takes no empty arrays, got {(B, T, N, S, K)=}")
     if scale < SMALLEST_SCALE:
         raise NotImplementedError(f"the kernel needs scale >= {SMALLEST_SCALE}, got {scale}")
-    n_multiprocessors = 4 if interpret else tc.multiprocessors()
+    if not interpret:
+        device.require_hopper()
+    n_multiprocessors = 4 if interpret else device.n_multiprocessors()
 
     heads = -(-N // HEADS) * HEADS
     if heads != N:
@@ -102,14 +104,17 @@ def forward(
     return out.reshape(B, T, heads, C)[:, :, :N], lse.reshape(B, T, heads)[:, :, :N]
 
 
-def check(C: int, R: int, dtype: jnp.dtype, interpret: bool = False) -> None:
+def check(C: int, R: int, dtype: jnp.dtype) -> None:
     """Raises NotImplementedError if no queries of these widths and dtype can be served here."""
+    _check_contract(C, R, dtype)
+    device.require_hopper()
+
+
+def _check_contract(C: int, R: int, dtype: jnp.dtype) -> None:
     if (C, R) != (LATENT, ROPE):
         raise NotImplementedError(f"kv_lora_rank and qk_rope_head_dim must be {(LATENT, ROPE)}, got {(C, R)}")
     if dtype != jnp.bfloat16:
         raise NotImplementedError(f"the kernel multiplies bfloat16, got {dtype}")
-    if not interpret:
-        tc.require_hopper()
 
 
 def _split(tiles: int, pairs: int, n_multiprocessors: int) -> tuple[int, int]:
@@ -222,7 +227,8 @@ def _kernel(B, T, N, K, n_splits, pairs, scale, fp8, n_multiprocessors, interpre
             total = total + load_statistic(3 - consumer)
             row, head, split = place(i)
             acc = acc * lax.broadcast_in_dim(1.0 / jnp.where(total == 0.0, 1.0, total), acc.shape, [0])
-            out[split, row, pl.ds(head, HEADS), pl.ds(HALF * consumer, HALF)] = acc.astype(out_dtype)
+            own_part = out.at[split, row, pl.ds(head, HEADS), pl.ds(HALF * consumer, HALF)]
+            steps.store_out(own_part, acc.astype(out_dtype))
             if consumer == 1:
                 natural = (highest + jnp.log2(total)) * math.log(2.0)
                 lse[split, row, pl.ds(head, HEADS)] = jnp.where(total == 0.0, -jnp.inf, natural)

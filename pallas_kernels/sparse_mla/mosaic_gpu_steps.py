@@ -158,6 +158,20 @@ class Hardware:
 
         store(p_ref, p16)
 
+    @staticmethod
+    def store_out(out_ref, values):
+        """out_ref[...] = values, in device memory.
+
+        jax 0.12 refuses the assignment: in bfloat16 four lanes write 16 bytes of a row, half a 32-byte sector. It
+        offers ``plgpu.store(optimized=False)``, which jax 0.11 does not have; both have this.
+        """
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+        def store(ctx, out_ref, values):
+            values.store_untiled(out_ref, optimized=False)
+
+        store(out_ref, values)
+
     def init_barriers(self, ready):
         """ready[4 slot + group] says that a group of the slot's keys has come."""
 
@@ -308,6 +322,10 @@ class Interpreted:
     def store_half(p_ref, p16, half):
         p_ref[:, _half(half)] = p16
         plgpu.commit_smem()
+
+    @staticmethod
+    def store_out(out_ref, values):
+        out_ref[...] = values
 
     @staticmethod
     def init_barriers(ready):

@@ -42,7 +42,8 @@ def same(scores, inputs):
     assert error < TOLERANCE[q.dtype], error
 
 
-@pytest.mark.skipif(ON_GPU or jax.__version_info__ < (0, 11), reason="needs a CPU and jax 0.11")
+@pytest.mark.skipif(ON_GPU, reason="runs on CPU")
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU interpreter needs jax 0.11")
 def test_the_pipeline_in_the_interpreter_equals_xla():
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -78,7 +79,7 @@ def bf16_kernel():
 @pytest.mark.parametrize("kernel", ["fp8_kernel", "bf16_kernel"])
 def test_it_compiles_for_hopper_without_spills(kernel):
     (used,) = sm90a.resources(f"{__name__}:{kernel}")
-    assert used == {"registers": 168, "spills": 0}
+    assert used["registers"] * 3 * 128 <= sm90a.REGISTER_FILE and used["spills"] == 0, used
 
 
 @on_gpu
@@ -119,6 +120,15 @@ def test_its_gradients_are_those_of_xla():
     )
     for gradient, reference in zip(gradients, references, strict=True):
         np.testing.assert_array_equal(np.asarray(gradient), np.asarray(reference))
+
+
+def test_contract_mistakes_are_reported_before_the_device():
+    inputs = make_inputs(1, 2, 3, 64, jnp.bfloat16)
+    run = functools.partial(pk.index_scores, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="multiplies bfloat16 or float8_e4m3fn, got float32"):
+        run(*(x.astype(jnp.float32) for x in inputs[:2]), *inputs[2:5])
+    with pytest.raises(NotImplementedError, match="index_head_dim 128 and at most 64 heads, got J=64, I=64"):
+        run(inputs[0][..., :64], inputs[1][..., :64], *inputs[2:5])
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs a machine without a Hopper GPU")

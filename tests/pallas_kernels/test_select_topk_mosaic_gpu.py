@@ -33,7 +33,7 @@ def two_row_kernel():
 @pytest.mark.parametrize(("name", "spills"), [("one_row_kernel", 0), ("two_row_kernel", 64)])
 def test_it_compiles_for_hopper_with_few_spills(name, spills):
     (used,) = sm90a.resources(f"{__name__}:{name}")
-    assert used["registers"] <= 64 and used["spills"] <= spills, used
+    assert used["registers"] * 1024 <= sm90a.REGISTER_FILE and used["spills"] <= spills, used
 
 
 def stable_sort(scores, k, start=None, stop=None):
@@ -146,8 +146,6 @@ def test_rows_beyond_shared_memory():
     np.testing.assert_array_equal(result, pk.select_topk(scores, 2048, implementation="xla"))
 
 
-@on_gpu
-@pytest.mark.gpu
 def test_what_it_cannot_do_it_refuses():
     with pytest.raises(NotImplementedError, match="at most 4096 keys"):
         pk.select_topk(jnp.zeros((1, 1, 5000)), 4097, implementation="mosaic_gpu")

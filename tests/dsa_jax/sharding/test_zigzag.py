@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import math
 
 import jax
@@ -142,11 +141,11 @@ def test_nothing_is_exchanged_where_it_cannot_be_or_does_not_pay():
 
 
 def test_it_pays_where_a_kernel_scores(monkeypatch):
-    sizes, module = (64, 128, jnp.dtype(jnp.bfloat16)), "pallas_kernels.index_scores.mosaic_gpu"
+    sizes = (64, 128, jnp.dtype(jnp.bfloat16))
     assert not index_scores_has_kernel(*sizes)
     monkeypatch.setitem(dispatch.PREFERRED, jax.default_backend(), "mosaic_gpu")
     assert not index_scores_has_kernel(*sizes)  # it refuses: this is no GPU
-    monkeypatch.setattr(importlib.import_module(module).tc, "require_hopper", lambda: None)
+    monkeypatch.setattr("pallas_kernels.hopper.device.require_hopper", lambda: None)
     assert index_scores_has_kernel(*sizes)
     assert not index_scores_has_kernel(*sizes, "xla")
     assert not index_scores_has_kernel(64, 128, jnp.dtype(jnp.float32))
