@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels as kernels
 from dsa_jax.cache import Placement
 from dsa_jax.config import ModelConfig
-from dsa_jax.fp8.quantize import BLOCK, fake_quantize, quantize
+from dsa_jax.fp8.e4m3 import BLOCK
+from dsa_jax.fp8.quantize import fake_quantize, quantize
 from dsa_jax.fp8.weight import as_matrix
 from dsa_jax.indexer import Indexer, index_keys, index_queries
 from dsa_jax.linear import linear

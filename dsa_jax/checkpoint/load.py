@@ -24,7 +24,8 @@ from dsa_jax.checkpoint.pieces import Form, leaf_forms, numpy_dtype
 from dsa_jax.checkpoint.tensors import FP8, Tensors, check
 from dsa_jax.config import ModelConfig
 from dsa_jax.fp8.blocks import dequantize_blocks
-from dsa_jax.fp8.weight import BLOCK, Fp8Weight
+from dsa_jax.fp8.e4m3 import BLOCK
+from dsa_jax.fp8.weight import Fp8Weight
 
 ShardingRule = Callable[[Leaf, tuple[int, ...]], Sharding]
 Region = tuple[slice, ...]

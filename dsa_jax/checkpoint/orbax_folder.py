@@ -22,6 +22,7 @@ import tensorstore as ts
 
 from dsa_jax.checkpoint.files import read_json_object, write_atomically
 from dsa_jax.config import Fp8Config, ModelConfig, YarnConfig
+from dsa_jax.unstable import ORBAX_HANDLER
 
 FORMAT_VERSION = 1
 METADATA_FILE = "dsa_jax.json"
@@ -31,7 +32,6 @@ _ORBAX_METADATA = "_METADATA"
 _ORBAX_CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
 _MANIFEST = "manifest.ocdbt"
 _DATA = "d"
-_HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
 Leaf = tuple[str, ...]
 
 
@@ -219,7 +219,7 @@ class OrbaxWriter:
             "custom_metadata": None,
         }
         checkpoint = {
-            "item_handlers": _HANDLER,
+            "item_handlers": ORBAX_HANDLER,
             "metrics": {},
             "performance_metrics": {},
             "init_timestamp_nsecs": time.time_ns(),

@@ -14,7 +14,7 @@ from dsa_jax.checkpoint.pieces import Piece, from_leaf
 from dsa_jax.checkpoint.safetensors_file import DTYPES, TensorEntry
 from dsa_jax.checkpoint.tensors import FP8, Carried
 from dsa_jax.config import ModelConfig
-from dsa_jax.fp8.weight import BLOCK
+from dsa_jax.fp8.e4m3 import BLOCK
 
 VALUES, SCALES = "values", "scales"
 """Keys below an FP8 leaf, also the fields of Fp8Weight."""

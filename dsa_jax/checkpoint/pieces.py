@@ -18,7 +18,7 @@ from dsa_jax.checkpoint.names import SCALE_SUFFIX, TensorRow
 from dsa_jax.checkpoint.safetensors_file import DTYPES
 from dsa_jax.checkpoint.tensors import FP8, Tensors
 from dsa_jax.fp8.blocks import dequantize_blocks, quantize_blocks
-from dsa_jax.fp8.weight import BLOCK
+from dsa_jax.fp8.e4m3 import BLOCK
 
 PIECE_BYTES = 64 << 20
 Form = Literal["fp8", "bfloat16", "float32"]

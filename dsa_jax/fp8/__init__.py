@@ -1,1 +1,1 @@
-"""FP8 (e4m3) numbers: activations quantised on the fly, weights kept or stored in blocks."""
+"""FP8 (e4m3): the format, activations quantised at run time, weights held or stored in blocks."""

@@ -1,7 +1,7 @@
-"""FP8 block quantisation of stored weights: float8_e4m3fn values, one float32 scale per 128 x 128 block.
+"""FP8 block quantisation of stored weights, in NumPy: float8_e4m3fn values, one scale per 128 x 128 block.
 
-DeepSeek-V3's technical report, section 3.3, and its inference/kernel.py. The block is always 128: a ragged
-last block (576 rows make 5 block rows) has its own scale, so the block size cannot be read off the shapes.
+A ragged last block (576 rows make 5 block rows) has its own scale, so the block size cannot be read off the shapes.
+Source: DeepSeek-V3 report, section 3.3, and its inference/kernel.py.
 """
 
 from __future__ import annotations
@@ -9,15 +9,10 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from dsa_jax.fp8.weight import BLOCK
-
-E4M3_MAX = 448.0
-SMALLEST_AMAX = 1e-4
-"""An all-zero block still gets a scale that can be divided by."""
-
+from dsa_jax.fp8.e4m3 import BLOCK, E4M3_MAX, scale_of
 
 _VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-"""float32 value of every float8_e4m3fn bit pattern: a look-up is four times as fast as astype."""
+"""The float32 value of every float8_e4m3fn bit pattern: a table look-up is four times as fast as astype."""
 
 
 def dequantize_blocks(
@@ -25,8 +20,11 @@ def dequantize_blocks(
 ) -> np.ndarray:
     """[n, k] float8_e4m3fn, [ceil(n/128), ceil(k/128)] scales -> [n, k] float32: value * scale of its block.
 
-    first_row, first_column: where in the whole matrix a part of it lies; scales are then those of the blocks
-    the part touches. Raises ValueError when the shapes do not belong together.
+    A part of a matrix is dequantised with first_row and first_column, its offset in the whole matrix; ``scales`` are
+    then those of the blocks that overlap the part.
+
+    Raises:
+      ValueError: the scales do not have the shape that the values need.
     """
     n, k = values.shape
     row_offset, column_offset = first_row % BLOCK, first_column % BLOCK
@@ -37,7 +35,7 @@ def dequantize_blocks(
             f"got {scales.shape}"
         )
     weights = np.empty((n, k), np.float32)
-    # Every pattern is below 256; "clip" only spares the check and the copy that "raise" makes.
+    # Every bit pattern is a valid index; mode "clip" avoids the check and the copy of the default "raise".
     np.take(_VALUES, values.view(np.uint8), out=weights, mode="clip")
     for block_row, row_scales in enumerate(scales.astype(np.float32)):
         top = max(block_row * BLOCK - row_offset, 0)
@@ -49,29 +47,21 @@ def dequantize_blocks(
 def quantize_blocks(weights: np.ndarray, *, scale_fmt: str | None) -> tuple[np.ndarray, np.ndarray]:
     """[n, k] finite floats -> ([n, k] float8_e4m3fn, [ceil(n/128), ceil(k/128)] float32 scales).
 
-    scale = amax of the block / 448, rounded up to a power of two for scale_fmt "ue8m0", as it is for None.
-    Raises ValueError on a weight that is not finite.
+    scale = amax of the block / 448, rounded up to a power of two if scale_fmt is "ue8m0", unrounded if it is None.
+
+    Raises:
+      ValueError: a weight is not finite.
     """
     weights = np.asarray(weights, np.float32)
     if not np.isfinite(weights).all():
         raise ValueError("weights to quantise must be finite, got NaN or infinity; check the training run")
     n, k = weights.shape
     rows, columns = -(-n // BLOCK), -(-k // BLOCK)
-    # Zeros added to a ragged block leave its amax, and so its scale, that of the real values.
+    # Padding a ragged block with zeros does not change its amax, and so neither its scale.
     padded = np.zeros((rows * BLOCK, columns * BLOCK), np.float32)
     padded[:n, :k] = weights
     blocks = padded.reshape(rows, BLOCK, columns, BLOCK)
-    amax = np.maximum(np.abs(blocks).max(axis=(1, 3)), np.float32(SMALLEST_AMAX))
-    scales = amax / np.float32(E4M3_MAX)
-    if scale_fmt == "ue8m0":
-        scales = _round_up_to_power_of_two(scales)
-    # Clipped because amax / (amax / 448) may round above 448, where e4m3fn has only NaN.
+    scales = scale_of(np.abs(blocks).max(axis=(1, 3)), ue8m0=scale_fmt == "ue8m0")
+    # Clipped because amax / (amax / 448) may round to more than 448, which e4m3fn can only store as NaN.
     scaled = np.clip(blocks / scales[:, None, :, None], -E4M3_MAX, E4M3_MAX)
     return scaled.reshape(padded.shape)[:n, :k].astype(ml_dtypes.float8_e4m3fn), scales
-
-
-def _round_up_to_power_of_two(scales: np.ndarray) -> np.ndarray:
-    """2^ceil(log2(x)) of positive normal float32 values, on bit patterns: a float log2 may round across."""
-    bits = scales.view(np.uint32)
-    exponent = (bits >> np.uint32(23)) + ((bits & np.uint32(0x7FFFFF)) != 0)
-    return (exponent.astype(np.uint32) << np.uint32(23)).view(np.float32)

@@ -1,7 +1,7 @@
 """A weight that stays in FP8 in memory: float8_e4m3fn values with one float32 scale per 128 x 128 block.
 
-The released checkpoint is stored so; kept so, it takes half the memory of bfloat16. Such a leaf stands where
-a plain array would in the parameter tree and is dequantised inside each matrix product. It has no gradient.
+This is the released checkpoint's own format, and takes half the memory of bfloat16. An ``Fp8Weight`` takes the place
+of a plain array in the parameter tree and is dequantised inside each matrix product. It has no gradient.
 """
 
 import dataclasses
@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128
+from dsa_jax.fp8.e4m3 import BLOCK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fp8Weight:
     """values [*stack In Out] float8_e4m3fn, scales [*stack ceil(In/128) ceil(Out/128)] float32."""
 
-    # The order counts: Linen compares the shape of a parameter's first leaf with the declared one. Any, because
-    # jax.tree functions put shapes, shardings and None in place of arrays.
+    # Values must come first: Linen compares the shape of a parameter's first leaf with the declared shape. The type
+    # is Any because jax.tree functions put shapes, shardings and None in place of arrays.
     values: Any
     scales: Any
 
@@ -28,9 +28,9 @@ class Fp8Weight:
         return self.values.shape
 
     def dequantize(self, dtype: jnp.dtype) -> jax.Array:
-        """values * scale of their block, multiplied in float32, then cast (weight_dequant of inference/kernel.py).
+        """Each value times the scale of its block, in float32, then cast (weight_dequant of inference/kernel.py).
 
-        The last block of an axis may be ragged: the block size is never read off the shapes.
+        The last block of an axis may be ragged, so the block size cannot be read off the shapes.
         """
         scales = self.scales
         for axis, size in ((-2, self.shape[-2]), (-1, self.shape[-1])):
@@ -43,5 +43,5 @@ jax.tree_util.register_dataclass(Fp8Weight, data_fields=["values", "scales"], me
 
 
 def as_matrix(weight: "jax.Array | Fp8Weight", dtype: jnp.dtype) -> jax.Array:
-    """The weight as a plain array of this dtype, dequantised if it is kept in FP8."""
+    """The weight as a plain array of this dtype; an ``Fp8Weight`` is dequantised."""
     return weight.dequantize(dtype) if isinstance(weight, Fp8Weight) else weight.astype(dtype)

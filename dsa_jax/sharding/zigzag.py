@@ -1,8 +1,9 @@
-"""Even work where causal queries of a row are split over devices: the last ones see the most keys.
+"""Load-balanced (zigzag) context parallelism: causal queries sharded over devices, with the same work on each.
 
-Device i of n holds chunk i of the queries. It keeps the first half and trades the second for that of device
-n - 1 - i. Of the 2 n halves of the row it then has number 2 i and number 2 (n - 1 - i) + 1, and what the queries
-of the two may see adds up to the same on every device. Nothing but queries and results is exchanged.
+The last queries of a row see the most keys. Device i of n holds chunk i of the queries; it keeps the first half of
+the chunk and swaps the second half with device n - 1 - i. Counted in half chunks, device i then has 2 i and
+2 (n - 1 - i) + 1, and the number of keys that the two see adds up to the same on every device. Only queries and
+results are exchanged.
 """
 
 from collections.abc import Callable
@@ -15,22 +16,22 @@ from jaxtyping import Array, Shaped
 
 
 def load_balanced(function: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
-    """``function``, whose arguments and results are [B T ...], of evenly mixed queries, inside ``shard_map``.
+    """``function`` on load-balanced queries, inside ``shard_map``; its arguments and results are [B T ...].
 
-    axes: the mesh axes that the queries are split over (``sharding.query_axes``); T on each device is even. Results
-    stand where their queries came from.
+    axes: the mesh axes that shard the queries (``query_axes``). T per device must be even. The order of the results is
+    that of the arguments.
     """
 
     def call(*arrays: jax.Array) -> Any:
-        traded = function(*(swap_halves(array, axes) for array in arrays))
-        return jax.tree.map(lambda result: swap_halves(result, axes), traded)
+        swapped = function(*(swap_halves(array, axes) for array in arrays))
+        return jax.tree.map(lambda result: swap_halves(result, axes), swapped)
 
     return call
 
 
 def swap_halves(array: Shaped[Array, "B T *rest"], axes: tuple[str, ...]) -> Shaped[Array, "B T *rest"]:
-    """The second half of the queries is that of device n - 1 - i instead of i; twice, it is the first array again."""
+    """Swaps the second half of the queries between devices i and n - 1 - i. It is its own inverse."""
     n = lax.axis_size(axes)
-    kept, given = jnp.split(array, 2, axis=1)
-    taken = lax.ppermute(given, axes, [(i, n - 1 - i) for i in range(n)])
-    return jnp.concatenate([kept, taken], axis=1)
+    first, second = jnp.split(array, 2, axis=1)
+    second = lax.ppermute(second, axes, [(i, n - 1 - i) for i in range(n)])
+    return jnp.concatenate([first, second], axis=1)

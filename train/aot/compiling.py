@@ -27,7 +27,7 @@ from train.step import begin_stage, compiled_step
 
 def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     """(the jitted step, its arguments as shapes with shardings): what train.trainer and dsa_jax.generate run."""
-    config, rows = job.config, P(RULES["batch"])
+    config, rows = job.config, P(RULES.batch)
 
     def init() -> Any:
         return Transformer(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
@@ -64,7 +64,7 @@ def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
             cache,
         )
     tokens = array((job.batch, job.chunk), jnp.int32, batch_sharding(config, mesh, job.batch, job.chunk).spec)
-    last = array((job.batch, config.vocab_size), jnp.float32, P(RULES["batch"], RULES["vocab"]))
+    last = array((job.batch, config.vocab_size), jnp.float32, P(RULES.batch, RULES.vocab))
     return prefill, (params, tokens, tokens, cache, last)
 
 

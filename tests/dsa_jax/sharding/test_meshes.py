@@ -2,7 +2,7 @@
 
 python -m pytest -s tests/dsa_jax/sharding/test_meshes.py -k every_combination
 
-prints the table of docs/scaling.md: for each mesh the largest difference found in each step.
+prints the table of docs/scaling.md: the largest difference in each step, per mesh.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from train.step import begin_stage, train_step
 
 pytestmark = pytest.mark.devices(8, 16)
 
-# Several blocks of queries on every device, and four times as many keys as a query may select.
+# Several blocks of queries per device, and four times as many keys as a query may select.
 CONFIG = dataclasses.replace(SMALL, n_heads=4, query_block=4, index_topk=8)
 B = 4
 BATCH = batch_of([20, 9], [T], [5, 20], [31])
-N_PREFILL = T - 4  # each of the tokens that follow is a step of decode
+N_PREFILL = T - 4  # the others are decoded, one per step
 STAGES = {
     "sparse": sparse(10, lr=1e-2, index_lr=1e-2, clip=1e9),
     "warm-up": indexer_warmup(10, index_lr=1e-2, clip=1e9),
@@ -46,12 +46,12 @@ MESHES = [axes for n in range(1, 5) for axes in itertools.combinations(AXES, n)]
 
 
 def sizes_of(axes: Axes) -> dict[str, int]:
-    """Four devices along an axis that is alone, else two along each."""
+    """Four devices along a single axis, else two along each."""
     return dict.fromkeys(AXES, 1) | dict.fromkeys(axes, 4 if len(axes) == 1 else 2)
 
 
 def mesh_of(axes: Axes):
-    """Of the first devices; None for no axes: one device."""
+    """A mesh of the first devices; None without axes: one device."""
     sizes = sizes_of(axes)
     return make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())]) if axes else None
 
@@ -66,7 +66,7 @@ def initial():
 
 
 def differences(got, want):
-    """Of each array the largest difference over its largest number; of integers how many differ."""
+    """Per array the largest difference, relative to its largest number; of integers how many differ."""
 
     def difference(got, want):
         got, want = np.asarray(got), np.asarray(want)
@@ -85,7 +85,7 @@ def assert_close(found):
 
 
 def one_step(stage, axes: Axes = ()):
-    """Metrics of a step, and the first moments after it: 0.1 times the gradients, since nothing is clipped."""
+    """Metrics of one step, and the first moments after it: 0.1 times the gradients, since nothing is clipped."""
     state, batch, mesh = begin_stage(jnp.int32(0), initial(), stage), BATCH, mesh_of(axes)
     where = None
     if mesh is not None:
@@ -106,7 +106,7 @@ def one_step_alone(stage):
 
 
 def prefill_and_decode(axes: Axes = ()):
-    """[logits, selected keys, experts and layer outputs] of the prefill, of each step of decode; the cache."""
+    """[logits, selected keys, experts and layer outputs] of the prefill and of each decode step, and the cache."""
     model, mesh = Transformer(CONFIG), mesh_of(axes)
 
     @jax.jit
@@ -117,7 +117,7 @@ def prefill_and_decode(axes: Axes = ()):
         return cache, (logits, {name: aux[name] for name in CAPTURED})
 
     params, tokens, cache = initial(), BATCH["tokens"], init_cache(CONFIG, B, T)
-    # Some rows have padding on the left, one has a document before the one that goes on.
+    # Some rows have padding on the left; one has another document before the one that is decoded.
     segment_ids = jnp.ones_like(tokens).at[::3, :2].set(0).at[1, :9].set(2)
     if mesh is not None:
         params = jax.device_put(params, param_shardings(params, CONFIG, mesh))
@@ -186,7 +186,7 @@ def test_every_combination_of_axes_computes_what_one_device_does(axes, table, re
 
 
 def line_of_another_process(test: str, folder: str, mesh: str) -> str:
-    """The line of the table that this test gives where 16 devices are simulated."""
+    """The line of the table that this test prints with 16 simulated devices."""
     flags = os.environ.get("XLA_FLAGS", "")
     assert "device_count=16" not in flags
     done = subprocess.run(
@@ -199,7 +199,7 @@ def line_of_another_process(test: str, folder: str, mesh: str) -> str:
 
 
 @pytest.mark.slow
-def test_parameters_made_on_the_mesh_are_those_made_on_one_device():
+def test_parameters_initialised_on_a_mesh_equal_those_of_one_device():
     mesh = mesh_of(("expert", "context", "tensor"))
     where = param_shardings(initial(), CONFIG, mesh)
     with jax.set_mesh(mesh):

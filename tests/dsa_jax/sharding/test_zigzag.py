@@ -1,4 +1,4 @@
-"""Devices that split the queries of a row trade half of them: the same choice of keys, for even work."""
+"""Load-balanced context parallelism: the same keys are selected, and every device scores as many."""
 
 import dataclasses
 import functools
@@ -28,10 +28,10 @@ MESHES = [
     {"context": 4, "tensor": 2},
 ]
 B, T = 4, 64
-CACHED = 16  # keys that stand before the first query
+CACHED = 16  # keys before the first query
 PER_QUERY = ("batch", "queries", None)
 
-# Eight times as many keys as a query may select, and several blocks of queries on a device, none of them full.
+# Eight times as many keys as a query may select, and several blocks of queries per device, the last one not full.
 CONFIG = tiny(d_model=64, q_lora_rank=32, index_n_heads=2, index_topk=8, query_block=6, dtype="float32")
 IN_FP8 = dataclasses.replace(CONFIG, index_fp8=True, dtype="bfloat16")
 
@@ -76,7 +76,7 @@ def selection(config, n_queries=T, **switches):
 
 
 def traced(function, *arguments):
-    """(arrays that are exchanged, results)."""
+    """(number of exchanges, results)."""
     program = jax.jit(lambda *arguments: function(*arguments)).trace(*arguments)
     return str(program.jaxpr).count("ppermute"), program.lower().compile()(*arguments)
 
@@ -98,15 +98,17 @@ def test_the_same_keys_are_chosen(mesh):
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_every_device_has_as_many_keys_to_score(mesh):
+def test_every_device_scores_the_same_number_of_keys(mesh):
     n = math.prod(mesh.values())
     per_query = PER_QUERY[:2]
 
-    def keys_to_score(key_start, key_stop):
-        keys = key_stop - key_start
-        return tuple(x.sum(axis=1, keepdims=True) for x in (keys, swap_halves(keys, query_axes(T))))
-
     with jax.set_mesh(make_mesh(**mesh, devices=jax.devices()[:n])):
+        axes = query_axes(T)
+
+        def keys_to_score(key_start, key_stop):
+            keys = key_stop - key_start
+            return tuple(x.sum(axis=1, keepdims=True) for x in (keys, swap_halves(keys, axes)))
+
         of_devices = shard_map(keys_to_score, (per_query, per_query), (per_query, per_query))
         counts = jax.jit(of_devices)(*(x[np.array([0, 3])] for x in bounds()))  # rows of one document
     before, after = map(np.asarray, counts)
@@ -115,15 +117,16 @@ def test_every_device_has_as_many_keys_to_score(mesh):
     assert (after == before.mean(axis=1, keepdims=True)).all()
 
 
-def test_an_odd_number_of_devices_leaves_the_middle_one_its_queries():
+def test_with_an_odd_number_of_devices_the_middle_one_keeps_its_queries():
     x = jnp.arange(12).reshape(1, 12)
     with jax.set_mesh(make_mesh(context=3, devices=jax.devices()[:3])):
-        traded = jax.jit(shard_map(lambda x: swap_halves(x, query_axes(12)), (PER_QUERY[:2],), PER_QUERY[:2]))
-        np.testing.assert_array_equal(traded(x)[0], [0, 1, 10, 11, 4, 5, 6, 7, 8, 9, 2, 3])
-        np.testing.assert_array_equal(traded(traded(x)), x)
+        axes = query_axes(12)
+        swapped = jax.jit(shard_map(lambda x: swap_halves(x, axes), (PER_QUERY[:2],), PER_QUERY[:2]))
+        np.testing.assert_array_equal(swapped(x)[0], [0, 1, 10, 11, 4, 5, 6, 7, 8, 9, 2, 3])
+        np.testing.assert_array_equal(swapped(swapped(x)), x)
 
 
-def test_nothing_is_exchanged_where_it_cannot_be_or_does_not_pay():
+def test_nothing_is_exchanged_where_it_is_impossible_or_does_not_pay():
     x, q_compressed, rope, limits, keys, indexer = problem(CONFIG)
 
     def exchanged(mesh, n, **switches):
@@ -133,14 +136,14 @@ def test_nothing_is_exchanged_where_it_cannot_be_or_does_not_pay():
             return str(jax.make_jaxpr(function)(*few, keys, indexer)).count("ppermute")
 
     assert exchanged({"context": 8}, 48, balance=True) == 5
-    assert exchanged({"context": 8}, 40, balance=True) == 0  # 5 queries on a device
-    assert exchanged({"context": 8}, 41, balance=True) == 0  # all of them on each
+    assert exchanged({"context": 8}, 40, balance=True) == 0  # 5 queries per device
+    assert exchanged({"context": 8}, 41, balance=True) == 0  # every device has all of them
     assert exchanged({"data": 4, "expert": 2}, 48, balance=True) == 0
     assert exchanged({"context": 8}, 48, balance=True, with_scores=True) == 0
     assert exchanged({"context": 8}, 48) == 0  # XLA multiplies every key
 
 
-def test_it_pays_where_a_kernel_scores(monkeypatch):
+def test_balancing_pays_where_a_kernel_scores(monkeypatch):
     sizes = (64, 128, jnp.dtype(jnp.bfloat16))
     assert not index_scores_has_kernel(*sizes)
     monkeypatch.setitem(dispatch.PREFERRED, jax.default_backend(), "mosaic_gpu")
@@ -152,7 +155,7 @@ def test_it_pays_where_a_kernel_scores(monkeypatch):
 
 
 def test_attention_is_the_same_and_no_gradient_is_exchanged(monkeypatch):
-    """As the model calls it, with the gradient of all that only the choice depends on."""
+    """As the model calls it, with the gradients of everything that only the selection depends on."""
     config = dataclasses.replace(CONFIG, attention_form="mha", n_heads=2, query_block=T)
     x, q_compressed, rope, (start, stop), index_k, indexer = problem(config)
     heads = jax.jit(mla.Mla(config).init)(jax.random.key(4))["params"]
