@@ -2,9 +2,9 @@
 
 from dsa_jax.checkpoint.conversion import convert
 from dsa_jax.checkpoint.hf_config import from_hf, to_hf
-from dsa_jax.checkpoint.hf_writer import write_hf
 from dsa_jax.checkpoint.load import ReadCount, load_params
 from dsa_jax.checkpoint.open_checkpoint import load_config
+from dsa_jax.checkpoint.save import write_hf
 from dsa_jax.checkpoint.verification import verify
 
 __all__ = [

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dsa_jax.checkpoint.conversion import Format, make_plan
-from dsa_jax.checkpoint.hf_stream import HfPlan
-from dsa_jax.checkpoint.hf_writer import DEFAULT_SHARD_BYTES
+from dsa_jax.checkpoint.hf_plan import HfPlan
 from dsa_jax.checkpoint.names import SCALE_SUFFIX, TensorRow, tensor_table
-from dsa_jax.checkpoint.open_checkpoint import open_checkpoint
-from dsa_jax.checkpoint.pieces import Form
+from dsa_jax.checkpoint.request import Format, Request
 from dsa_jax.checkpoint.safetensors_file import TensorEntry
 from dsa_jax.checkpoint.tensors import describe_fault, find_faults
 from dsa_jax.config import ModelConfig
@@ -62,45 +59,25 @@ class DryRun:
             yield "no problems in the headers"
 
 
-def dry_run(
-    path: str | Path,
-    *,
-    format: Format | None = None,
-    dtype: Form | None = None,
-    quantize: str | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    add_indexer: bool = False,
-    config_file: str | Path | None = None,
-    ignore: Iterable[str] = (),
-) -> DryRun:
-    """Reads config and headers and plans the conversion; arguments as in `convert`.
+def dry_run(request: Request) -> DryRun:
+    """Reads config and headers and plans the conversion.
 
     Raises ValueError for a config that cannot be read and a folder without weights; all else is in `faults`.
     """
-    checkpoint = open_checkpoint(
-        Path(path).resolve(),
-        config_file=None if config_file is None else Path(config_file),
-        ignore=ignore,
-        add_indexer=add_indexer,
-    )
+    checkpoint = request.open()
     faults = find_faults(checkpoint.tensors, checkpoint.config, read_scales=False)
-    written: Format = format or ("hf" if checkpoint.kind == "orbax" else "orbax")
-    targets = _targets(tensor_table(checkpoint.config), written, None)
-    written_bytes = None
-    if not faults:
-        plan = make_plan(checkpoint, written, dtype=dtype, quantize=quantize, max_shard_bytes=max_shard_bytes)
-        written_bytes = plan.n_bytes
-        if isinstance(plan, HfPlan):
-            targets = _targets(tensor_table(checkpoint.config), written, plan)
+    plan = None if faults else request.plan(checkpoint)
+    table = tensor_table(checkpoint.config)
+    target = request.target(checkpoint)
     return DryRun(
         path=checkpoint.tensors.path,
         config=checkpoint.config,
         tensors=checkpoint.tensors.entries,
         added=frozenset(checkpoint.added),
         faults=faults,
-        format=written,
-        targets=targets,
-        written_bytes=written_bytes,
+        format=target,
+        targets=_targets(table, target, plan if isinstance(plan, HfPlan) else None),
+        written_bytes=None if plan is None else plan.n_bytes,
     )
 
 
@@ -115,8 +92,8 @@ def _targets(table: Mapping[str, TensorRow], format: Format, plan: HfPlan | None
         places = dict.fromkeys(table, "safetensors")
     else:
         places = {
-            output.name: f"{output.dtype} in {plan.file_name(i)}"
-            for i, shard in enumerate(plan.shards)
+            output.name: f"{output.dtype} in {file_name}"
+            for file_name, shard in plan.files()
             for output in shard
         }
     return places | {name + SCALE_SUFFIX: place + " (scales)" for name, place in places.items()}

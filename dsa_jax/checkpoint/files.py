@@ -1,7 +1,8 @@
-"""Small files that must be whole or absent, and JSON that may be damaged."""
+"""Small files that must be whole or absent, JSON that may be damaged, and disks that are full."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -37,3 +38,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}; re-download it")
     return values
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether the error means that the disk, a quota or a limit on file sizes is full.
+
+    tensorstore has no exception of its own for this: the text of its error carries the number.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"os_error_code='{number}'" in str(error) for number in full)

@@ -1,6 +1,6 @@
 """Hugging Face config.json <-> ModelConfig, for model_type deepseek_v32 and glm_moe_dsa.
 
-Every key is read, checked against what this model can do, or named in an error; none is dropped in silence.
+Every key is read, checked against what this model can do, or named in an error; none is silently dropped.
 """
 
 from __future__ import annotations
@@ -9,7 +9,17 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dsa_jax.config import Fp8Config, ModelConfig, YarnConfig
+from dsa_jax.checkpoint.hf_config_values import (
+    read_integer,
+    read_number,
+    read_object,
+    read_quantization,
+    read_rope,
+    read_rope_theta,
+    write_quantization,
+    write_rope_scaling,
+)
+from dsa_jax.config import ModelConfig
 
 # HF key -> our field, for values taken as they are.
 _INT_KEYS = {
@@ -43,7 +53,7 @@ _FLOAT_KEYS = {
 _OPTIONAL = {"initializer_range": 0.02, "num_nextn_predict_layers": 0, "norm_topk_prob": True}
 _EXPERT_ALIASES = ("num_experts", "num_local_experts")
 
-# Keys whose only honoured value is this one; absent means the same.
+# Keys of which only this value is supported; absent means the same.
 _FIXED: dict[str, Any] = {
     "attention_bias": False,
     "attention_dropout": 0,
@@ -73,8 +83,8 @@ def from_hf(values: Mapping[str, Any], *, ignore: Iterable[str] = (), **switches
     """The ModelConfig of a parsed config.json; `switches` are ModelConfig fields that replace what it says.
 
     Both RoPE spellings are read (rope_theta + rope_scaling, and rope_parameters). ignore: unknown keys to
-    accept. Raises ValueError for missing, unknown or contradictory keys and for values this model cannot
-    honour, NotImplementedError for layers that share an indexer (GLM-5.2's IndexShare).
+    accept. Raises ValueError for missing, unknown or contradictory keys and for values that this
+    model does not support, NotImplementedError for layers that share an indexer (GLM-5.2's IndexShare).
     """
     values = dict(values)
     if (model_type := values.get("model_type")) not in _INDEXER_INTERLEAVED:
@@ -83,10 +93,12 @@ def from_hf(values: Mapping[str, Any], *, ignore: Iterable[str] = (), **switches
     _refuse_unknown(values, tuple(ignore), switches)
     _fill_aliases(values)
     _refuse_missing(values)
-    fields: dict[str, Any] = {field: _integer(key, values[key]) for key, field in _INT_KEYS.items()}
-    fields |= {field: _number(key, values.get(key, _OPTIONAL.get(key))) for key, field in _FLOAT_KEYS.items()}
-    _refuse_dishonoured(values)
-    theta, yarn = _rope(values)
+    fields: dict[str, Any] = {field: read_integer(key, values[key]) for key, field in _INT_KEYS.items()}
+    fields |= {
+        field: read_number(key, values.get(key, _OPTIONAL.get(key))) for key, field in _FLOAT_KEYS.items()
+    }
+    _refuse_unsupported(values)
+    theta, yarn = read_rope(values)
     eos = values.get("eos_token_id")
     fields |= dict(
         norm_topk_prob=values.get("norm_topk_prob", _OPTIONAL["norm_topk_prob"]),
@@ -95,11 +107,11 @@ def from_hf(values: Mapping[str, Any], *, ignore: Iterable[str] = (), **switches
         index_rope_interleaved=values.get(
             "indexer_rope_interleave", _INDEXER_INTERLEAVED[values["model_type"]]
         ),
-        n_mtp_layers=_integer("num_nextn_predict_layers", values.get("num_nextn_predict_layers") or 0),
+        n_mtp_layers=read_integer("num_nextn_predict_layers", values.get("num_nextn_predict_layers") or 0),
         bos_token_id=values.get("bos_token_id"),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         pad_token_id=values.get("pad_token_id"),
-        fp8=_quantization(_object(values, "quantization_config")),
+        fp8=read_quantization(read_object(values, "quantization_config")),
     )
     return ModelConfig(**(fields | switches))
 
@@ -129,27 +141,14 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": eos,
         "pad_token_id": config.pad_token_id,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": write_rope_scaling(config.yarn),
         "torch_dtype": "bfloat16" if config.fp8 else config.param_dtype,
         "use_cache": True,
     }
     if interleaved:
         values["indexer_rope_interleave"] = True
-    if config.yarn:
-        yarn = dataclasses.asdict(config.yarn)
-        values["rope_scaling"] = {
-            "type": "yarn",
-            "original_max_position_embeddings": yarn.pop("original_seq_len"),
-            **yarn,
-        }
     if config.fp8:
-        values["quantization_config"] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": list(config.fp8.block),
-            **({"scale_fmt": config.fp8.scale_fmt} if config.fp8.scale_fmt else {}),
-        }
+        values["quantization_config"] = write_quantization(config.fp8)
     return values
 
 
@@ -182,14 +181,14 @@ def _fill_aliases(values: dict[str, Any]) -> None:
 def _refuse_missing(values: dict[str, Any]) -> None:
     required = [key for key in (*_INT_KEYS, *_FLOAT_KEYS) if key not in _OPTIONAL]
     missing = [key for key in required if values.get(key) is None]
-    if _rope_theta(values) is None:
+    if read_rope_theta(values) is None:
         missing.append("rope_theta")
     if missing:
         raise ValueError(f"config.json lacks the keys {', '.join(missing)}; add them")
 
 
-def _refuse_dishonoured(values: dict[str, Any]) -> None:
-    """Values that are the only honoured ones, or that must follow from other keys."""
+def _refuse_unsupported(values: dict[str, Any]) -> None:
+    """Refuses values other than the only supported one, and those that contradict other keys."""
     layers, n_dense = values["num_hidden_layers"], values["first_k_dense_replace"]
     derived = {
         "num_key_value_heads": values["num_attention_heads"],
@@ -198,9 +197,9 @@ def _refuse_dishonoured(values: dict[str, Any]) -> None:
         "layer_types": ["indexed_attention"] * layers,
         "mlp_layer_types": ["dense"] * n_dense + ["sparse"] * (layers - n_dense),
     }
-    for key, honoured in (_FIXED | derived).items():
-        if values.get(key) is not None and values[key] != honoured:
-            raise ValueError(f"config.json: {key} must be {honoured!r} for this model, got {values[key]!r}")
+    for key, supported in (_FIXED | derived).items():
+        if values.get(key) is not None and values[key] != supported:
+            raise ValueError(f"config.json: {key} must be {supported!r} for this model, got {values[key]!r}")
     types = values.get("indexer_types") or values.get("index_topk_pattern") or ()
     if values.get("index_topk_freq") not in (None, 0, 1) or any(kind not in ("full", "F") for kind in types):
         raise NotImplementedError(
@@ -212,91 +211,3 @@ def _refuse_dishonoured(values: dict[str, Any]) -> None:
     for key in ("indexer_rope_interleave", "norm_topk_prob"):
         if key in values and not isinstance(values[key], bool):
             raise ValueError(f"config.json: {key} must be true or false, got {values[key]!r}")
-
-
-def _object(values: dict[str, Any], key: str) -> dict[str, Any]:
-    value = values.get(key)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"config.json: {key} must be an object or null, got {value!r}")
-    return dict(value or {})
-
-
-def _rope_theta(values: dict[str, Any]) -> Any:
-    return _object(values, "rope_parameters").get("rope_theta", values.get("rope_theta"))
-
-
-def _rope(values: dict[str, Any]) -> tuple[float, YarnConfig | None]:
-    old, new = _object(values, "rope_scaling"), _object(values, "rope_parameters")
-    if old and new and {k: v for k, v in new.items() if k != "rope_theta"} != old:
-        raise ValueError(
-            f"config.json: rope_scaling and rope_parameters contradict each other: {old} and {new}"
-        )
-    theta, outer = _number("rope_theta", _rope_theta(values)), values.get("rope_theta")
-    if outer is not None and outer != theta:
-        raise ValueError(
-            f"config.json: rope_theta must equal that of rope_parameters, got {outer} and {theta}"
-        )
-    rope = new or old
-    rope.pop("rope_theta", None)
-    kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope} or {"default"}
-    if kinds != {"default"} and kinds != {"yarn"}:
-        raise ValueError(
-            f"config.json: the rope type must be default or yarn, got {' and '.join(sorted(kinds))}"
-        )
-    for key, honoured in (("partial_rotary_factor", 1.0), ("truncate", True), ("attention_factor", None)):
-        if rope.pop(key, honoured) != honoured:
-            raise ValueError(f"config.json: {key} of the rope must be {honoured} or absent")
-    if kinds == {"default"}:
-        if rope:
-            raise ValueError(f"config.json: a rope of type default takes no {', '.join(sorted(rope))}")
-        return theta, None
-    return theta, _yarn(rope)
-
-
-def _yarn(rope: dict[str, Any]) -> YarnConfig:
-    missing = [key for key in ("factor", "original_max_position_embeddings") if rope.get(key) is None]
-    if missing:
-        raise ValueError(f"config.json: a rope of type yarn needs {', '.join(missing)}")
-    # DeepSeek's reading of absent keys: mscale_all_dim 0 means no attention temperature.
-    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
-    numbers = {key: _number(key, rope.pop(key, default)) for key, default in defaults.items()}
-    factor = _number("factor", rope.pop("factor"))
-    original = _integer("original_max_position_embeddings", rope.pop("original_max_position_embeddings"))
-    if rope:
-        raise ValueError(f"config.json: a rope of type yarn takes no {', '.join(sorted(rope))}")
-    return YarnConfig(factor=factor, original_seq_len=original, **numbers)
-
-
-def _quantization(values: dict[str, Any]) -> Fp8Config | None:
-    if not values:
-        return None
-    honoured: dict[str, tuple[Any, ...]] = {
-        "quant_method": ("fp8",),
-        "fmt": ("e4m3", None),
-        "activation_scheme": ("dynamic", None),
-        "weight_block_size": ([128, 128],),
-        "scale_fmt": ("ue8m0", None),
-    }
-    for key, options in honoured.items():
-        if values.get(key) not in options:
-            raise ValueError(
-                f"config.json: {key} of quantization_config must be {options[0]}, got {values.get(key)}"
-            )
-    # The lists of tensors left unquantised are not needed: the reader goes by each tensor's own dtype.
-    if unknown := sorted(set(values) - set(honoured) - {"modules_to_not_convert", "ignored_layers"}):
-        raise ValueError(
-            f"config.json: quantization_config has unknown keys {', '.join(unknown)}; remove them"
-        )
-    return Fp8Config(scale_fmt=values.get("scale_fmt"))
-
-
-def _integer(key: str, value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError(f"config.json: {key} must be an integer, got {value!r}")
-    return value
-
-
-def _number(key: str, value: Any) -> float:
-    if type(value) not in (int, float):
-        raise ValueError(f"config.json: {key} must be a number, got {value!r}")
-    return float(value)

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from dsa_jax.checkpoint.checksums import CHECKSUMS_FILE
 from dsa_jax.checkpoint.files import read_json_object
 from dsa_jax.checkpoint.hf_config import from_hf
+from dsa_jax.checkpoint.job import MARKER
 from dsa_jax.checkpoint.names import SCALE_SUFFIX, layer_prefix
 from dsa_jax.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 from dsa_jax.checkpoint.tensors import FP8, Carried
@@ -21,7 +23,7 @@ from dsa_jax.fp8.blocks import dequantize_blocks
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _CARRIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".md")
-_NOT_CARRIED = {"config.json", INDEX_FILE, "dsa_jax_tensors.json", "INCOMPLETE.json"}
+_NOT_CARRIED = {"config.json", INDEX_FILE, CHECKSUMS_FILE, MARKER}
 
 logger = logging.getLogger(__name__)
 

@@ -1,148 +1,125 @@
-"""Parameters -> Hugging Face checkpoint folder in the released layout, through the same table of names."""
+"""The one writer of Hugging Face folders: any `Tensors`, shard by shard, a few pieces in memory at a time.
+
+`save.write_hf` gives it a parameter tree, `convert_to_hf` another checkpoint. The tensors of a shard follow
+the table of names, so that a layer is one range of the file.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 import os
 import shutil
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
-from dsa_jax.checkpoint.hf_config import to_hf
-from dsa_jax.checkpoint.hf_reader import INDEX_FILE, SINGLE_FILE
-from dsa_jax.checkpoint.names import SCALE_SUFFIX, TensorRow, leaf_shapes, scale_shape, tensor_table
-from dsa_jax.config import Fp8Config, ModelConfig
-from dsa_jax.fp8.blocks import quantize_blocks
-from dsa_jax.fp8.weight import Fp8Weight
+from dsa_jax.checkpoint.files import sync_folder, write_atomically
+from dsa_jax.checkpoint.hf_plan import HfPlan, Output, Shard
+from dsa_jax.checkpoint.hf_reader import INDEX_FILE
+from dsa_jax.checkpoint.names import SCALE_SUFFIX
+from dsa_jax.checkpoint.pieces import FORM_OF_DTYPE, Piece, cut, read_piece
+from dsa_jax.checkpoint.safetensors_file import DTYPES
+from dsa_jax.checkpoint.tensors import Tensors
 
-DEFAULT_SHARD_BYTES = 5_000_000_000
-_DTYPES = {
-    "FP8": np.dtype(ml_dtypes.float8_e4m3fn),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype(np.float32),
-}
+OnArray = Callable[[str, np.ndarray], None]
+Pieces = Iterator[tuple[np.ndarray, np.ndarray | None]]
 
 
-def write_hf(
-    path: str | Path,
-    params: Mapping[str, Any],
-    config: ModelConfig,
+def write_shards(
+    path: Path,
+    tensors: Tensors,
+    plan: HfPlan,
     *,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    quantize: str | None = None,
-) -> None:
-    """Writes config.json and the weights; several shards and an index when they exceed max_shard_bytes.
+    scale_fmt: str | None,
+    finished: Collection[str] = (),
+    on_array: OnArray = lambda name, array: None,
+) -> Iterator[str]:
+    """Writes the shards of the plan into the folder; yields the name of each once it is safely on disk.
 
-    params: {"params": tree} as load_params returns it. quantize None stores every leaf in its own dtype;
-    "fp8" stores what the release does: FP8 blocks (scales as config.fp8 says, ue8m0 by default), bfloat16 and
-    float32. A tensor larger than max_shard_bytes gets a shard of its own. The folder appears when complete.
-    Raises ValueError when path exists and is not an empty folder, and when params do not fit config.
+    scale_fmt: format of the scales of weights that are quantised on the way. finished: shards that are
+    already there. on_array(name, part of that tensor) is called for everything written, in order of the file.
+    Two pieces are in memory at a time. Raises OSError when the disk is full, and ValueError for weights that
+    cannot be quantised; the shard in progress then has another name, `*.partial`.
     """
-    path = Path(path)
-    if quantize not in (None, "fp8"):
-        raise ValueError(f'quantize must be None or "fp8", got {quantize!r}')
-    if max_shard_bytes <= 0:
-        raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not an empty folder; remove it or choose another path")
-    leaves = _checked_leaves(params, config)
-    fp8 = (config.fp8 or Fp8Config()) if quantize else None
-    values = to_hf(dataclasses.replace(config, fp8=fp8))
-    shards = _plan_shards(tensor_table(config), leaves, fp8, max_shard_bytes)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling: a rename is atomic only within one file system.
-    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex}"
-    partial.mkdir()
-    try:
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        weight_map: dict[str, str] = {}
-        total = 0
-        for number, shard in enumerate(shards, start=1):
-            file_name = (
-                f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
-            )
-            tensors: dict[str, np.ndarray] = {}
-            for name, row in shard.items():
-                tensors |= _stored(name, row, leaves[row.path], fp8)
-            save_file(tensors, partial / file_name, metadata={"format": "pt"})
-            # safetensors writes files that only their owner can read, whatever the umask.
-            shutil.copymode(partial / "config.json", partial / file_name)
-            weight_map |= dict.fromkeys(tensors, file_name)
-            total += sum(tensor.nbytes for tensor in tensors.values())
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        os.rename(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with ThreadPoolExecutor(1) as pool:
+        for file_name, shard in plan.files():
+            if file_name in finished:
+                continue
+            partial = path / (file_name + ".partial")
+            with partial.open("wb") as stream:
+                stream.write(_header(shard))
+                for output in shard:
+                    _write_tensor(stream, output, _read_ahead(tensors, output, scale_fmt, pool), on_array)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, path / file_name)
+            sync_folder(path)
+            yield file_name
 
 
-def _checked_leaves(params: Mapping[str, Any], config: ModelConfig) -> dict[tuple[str, ...], np.ndarray]:
-    if set(params) != {"params"}:
-        raise ValueError(f'params must be {{"params": tree}}, got the keys {sorted(params)}')
-    leaves = _flatten(params["params"])
-    expected = leaf_shapes(config)
-    problems = [f"{'/'.join(leaf)} is missing" for leaf in expected if leaf not in leaves]
-    problems += [f"{'/'.join(leaf)} is unknown" for leaf in leaves if leaf not in expected]
-    for leaf, array in leaves.items():
-        if leaf in expected and array.shape != expected[leaf]:
-            problems.append(f"{'/'.join(leaf)} is {list(array.shape)}, expected {list(expected[leaf])}")
-        if array.dtype not in (np.dtype(np.float32), np.dtype(np.float16), _DTYPES["BF16"]):
-            problems.append(f"{'/'.join(leaf)} is {array.dtype}, expected float32, float16 or bfloat16")
-    if problems:
-        raise ValueError("params do not fit config:\n  " + "\n  ".join(problems))
-    return leaves
+def finish_folder(
+    path: Path, plan: HfPlan, config_json: Mapping[str, Any], carried: Iterable[Path] = ()
+) -> None:
+    """Adds what the shards need: the index, if there are several, config.json, and copies of other files."""
+    for file in carried:
+        shutil.copyfile(file, path / file.name)
+    if len(plan.shards) > 1:
+        weight_map = {
+            name: file_name
+            for file_name, shard in plan.files()
+            for output in shard
+            for name in output.tensors
+        }
+        index = {"metadata": {"total_size": plan.n_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_atomically(path / INDEX_FILE, json.dumps(index, indent=2).encode() + b"\n")
+    write_atomically(path / "config.json", json.dumps(config_json, indent=2).encode() + b"\n")
 
 
-def _flatten(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[tuple[str, ...], np.ndarray]:
-    leaves: dict[tuple[str, ...], np.ndarray] = {}
-    for key, value in tree.items():
-        leaf = (*above, key)
-        if isinstance(value, Fp8Weight):
-            raise ValueError(
-                f"{'/'.join(leaf)} is kept in FP8, write_hf takes plain arrays: load without keep_fp8, or convert "
-                "the checkpoint itself"
-            )
-        leaves |= _flatten(value, leaf) if isinstance(value, Mapping) else {leaf: np.asarray(value)}
-    return leaves
+def _header(shard: Shard) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for output in shard:
+        for name, (dtype, shape) in output.tensors.items():
+            size = math.prod(shape) * DTYPES[dtype].itemsize
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    # Padded with spaces so that the first tensor is aligned.
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
-def _plan_shards(
-    table: Mapping[str, TensorRow],
-    leaves: Mapping[tuple[str, ...], np.ndarray],
-    fp8: Fp8Config | None,
-    max_shard_bytes: int,
-) -> list[dict[str, TensorRow]]:
-    """Rows in order of the table, a new shard whenever the next tensor and its scales do not fit."""
-    shards: list[dict[str, TensorRow]] = [{}]
-    used = 0
-    for name, row in table.items():
-        dtype = _DTYPES[row.stored] if fp8 else leaves[row.path].dtype
-        size = int(np.prod(row.shape)) * dtype.itemsize
-        if fp8 and row.quantized:
-            size += int(np.prod(scale_shape(row.shape))) * 4
-        if shards[-1] and used + size > max_shard_bytes:
-            shards.append({})
-            used = 0
-        shards[-1][name] = row
-        used += size
-    return shards
+def _write_tensor(stream: BinaryIO, output: Output, pieces: Pieces, on_array: OnArray) -> None:
+    """Writes the values piece by piece, then all scales."""
+    all_scales = []
+    for values, scales in pieces:
+        _write_array(stream, values)
+        on_array(output.name, values)
+        if scales is not None:
+            all_scales.append(scales)
+    if all_scales:
+        scales = np.concatenate(all_scales)
+        _write_array(stream, scales)
+        on_array(output.name + SCALE_SUFFIX, scales)
 
 
-def _stored(name: str, row: TensorRow, leaf: np.ndarray, fp8: Fp8Config | None) -> dict[str, np.ndarray]:
-    weight = leaf[row.index]
-    weight = np.ascontiguousarray(weight.T if row.transpose else weight)
-    if fp8 is None:
-        return {name: weight}
-    if not row.quantized:
-        return {name: weight.astype(_DTYPES[row.stored])}
-    values, scales = quantize_blocks(weight, scale_fmt=fp8.scale_fmt)
-    return {name: np.ascontiguousarray(values), name + SCALE_SUFFIX: scales}
+def _read_ahead(tensors: Tensors, output: Output, scale_fmt: str | None, pool: ThreadPoolExecutor) -> Pieces:
+    """The pieces in order, the next one read while the caller writes this one."""
+
+    def read(piece: Piece) -> tuple[np.ndarray, np.ndarray | None]:
+        return read_piece(tensors, piece, output.dtype, scale_fmt=scale_fmt)
+
+    pieces = cut(output.name, output.row, FORM_OF_DTYPE[output.dtype])
+    future = pool.submit(read, next(pieces))
+    for piece in pieces:
+        ready, future = future, pool.submit(read, piece)
+        yield ready.result()
+    yield future.result()
+
+
+def _write_array(stream: BinaryIO, array: np.ndarray) -> None:
+    stream.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))

@@ -1,38 +1,28 @@
 """Orbax checkpoints on disk: zarr arrays of the leaves in one OCDBT store, and our metadata beside them.
 
 An array is named by its path joined with dots ("params.moe_layers.attn.wq_a"); the folder's _METADATA lists
-them, and Orbax restores them from there. Arrays are read and written range by range with tensorstore, the
-library Orbax itself uses, so that no leaf need ever be whole in memory.
+the arrays, and Orbax restores them from there. `OrbaxReader` reads them range by range with tensorstore, the
+library that Orbax itself uses, so that no leaf need ever be whole in memory; `orbax_writer` writes them.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import errno
-import json
-import os
-import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from dsa_jax.checkpoint.files import read_json_object, write_atomically
+from dsa_jax.checkpoint.files import read_json_object
+from dsa_jax.checkpoint.pieces import Leaf
 from dsa_jax.config import Fp8Config, ModelConfig, YarnConfig
-from dsa_jax.unstable import ORBAX_HANDLER
 
 FORMAT_VERSION = 1
 METADATA_FILE = "dsa_jax.json"
-TENSORS_FILE = "dsa_jax_tensors.json"
 CARRIED_FOLDER = "hf"
-_ORBAX_METADATA = "_METADATA"
-_ORBAX_CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
-_MANIFEST = "manifest.ocdbt"
-_DATA = "d"
-Leaf = tuple[str, ...]
+ORBAX_METADATA = "_METADATA"
+MANIFEST = "manifest.ocdbt"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,11 +45,11 @@ class OrbaxReader:
         root = self.path
         # CheckpointManager puts the tree into a folder of its item's name.
         for below in ("default", "params", "state"):
-            if not (root / _ORBAX_METADATA).is_file() and (root / below / _ORBAX_METADATA).is_file():
+            if not (root / ORBAX_METADATA).is_file() and (root / below / ORBAX_METADATA).is_file():
                 root = root / below
-        if not (root / _ORBAX_METADATA).is_file():
-            raise ValueError(f"{path} holds no {_ORBAX_METADATA}: give the folder of an Orbax checkpoint")
-        metadata = read_json_object(root / _ORBAX_METADATA)
+        if not (root / ORBAX_METADATA).is_file():
+            raise ValueError(f"{path} holds no {ORBAX_METADATA}: give the folder of an Orbax checkpoint")
+        metadata = read_json_object(root / ORBAX_METADATA)
         keys = [
             tuple(part["key"] for part in entry["key_metadata"])
             for entry in metadata.get("tree_metadata", {}).values()
@@ -104,7 +94,7 @@ class OrbaxReader:
         if leaf not in self._arrays:
             if leaf not in self.leaves:
                 raise KeyError("/".join(leaf))
-            spec = {"driver": "zarr", "kvstore": _store(self._root, (*self._prefix, *leaf))}
+            spec = {"driver": "zarr", "kvstore": array_store(self._root, (*self._prefix, *leaf))}
             try:
                 self._arrays[leaf] = ts.open(spec, open=True, context=self._context).result()
             except (ValueError, RuntimeError, OSError) as error:
@@ -114,125 +104,9 @@ class OrbaxReader:
         return self._arrays[leaf]
 
 
-class OrbaxWriter:
-    """Writes arrays piece by piece; every `commit` is one atomic step of the store.
-
-    `state` after a commit lets `restore` go back exactly there, whatever was written later and not recorded.
-    Raises OSError when the disk is full.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path.resolve()
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-        self._arrays: dict[Leaf, ts.TensorStore] = {}
-
-    def create(self, specs: Mapping[Leaf, ArraySpec]) -> None:
-        """Creates the arrays, or opens them when they are there."""
-        with ts.Transaction(atomic=False) as transaction:
-            opened = {
-                leaf: ts.open(self._spec(leaf, spec), create=True, open=True, transaction=transaction,
-                              context=self._context)
-                for leaf, spec in specs.items()
-            }  # fmt: skip
-            for future in opened.values():
-                future.result()
-        self._arrays = {
-            leaf: ts.open(self._spec(leaf, spec), open=True, context=self._context).result()
-            for leaf, spec in specs.items()
-        }
-
-    def _spec(self, leaf: Leaf, spec: ArraySpec) -> dict[str, Any]:
-        return {
-            "driver": "zarr",
-            "kvstore": _store(self._path, ("params", *leaf)),
-            # Zeros are data: a chunk left out would still read as zeros, and a lost one would go unseen.
-            "store_data_equal_to_fill_value": True,
-            "metadata": {
-                "shape": list(spec.shape),
-                "chunks": list(spec.chunk),
-                "dtype": spec.dtype.name if spec.dtype.name != "float32" else "<f4",
-                # Trained weights do not compress; bfloat16 and FP8 mantissas are noise.
-                "compressor": None,
-                "fill_value": None,
-                "filters": None,
-                "order": "C",
-                "dimension_separator": ".",
-            },
-        }
-
-    def commit(self, writes: Iterable[tuple[Leaf, tuple[slice, ...], np.ndarray]]) -> ts.Future:
-        """Starts one atomic commit of (leaf, region, values); call result() of what it returns."""
-        transaction = ts.Transaction(atomic=False)
-        # A write whose future is dropped is cancelled: they are kept until the values are in the transaction.
-        writing = [
-            self._arrays[leaf]
-            .with_transaction(transaction)[region]
-            .write(values, can_reference_source_data_indefinitely=True)
-            for leaf, region, values in writes
-        ]
-        for future in writing:
-            future.copy.result()
-        return transaction.commit_async()
-
-    def state(self, known: set[str]) -> dict[str, Any]:
-        """The store's root as text and its data files that are not in `known`, which grows by them."""
-        files = set(os.listdir(self._path / _DATA)) - known
-        known |= files
-        manifest = base64.b64encode((self._path / _MANIFEST).read_bytes()).decode()
-        return {"manifest": manifest, "files": sorted(files)}
-
-    def restore(self, states: Iterable[dict[str, Any]]) -> set[str]:
-        """Goes back to the last of these states and deletes what was written after it; returns its files."""
-        known: set[str] = set()
-        manifest = ""
-        for state in states:
-            known |= set(state["files"])
-            manifest = state["manifest"]
-        if manifest:
-            write_atomically(self._path / _MANIFEST, base64.b64decode(manifest))
-        if (self._path / _DATA).is_dir():
-            for name in set(os.listdir(self._path / _DATA)) - known:
-                (self._path / _DATA / name).unlink()
-        if not manifest:
-            (self._path / _MANIFEST).unlink(missing_ok=True)
-        return known
-
-    def finish(self, specs: Mapping[Leaf, ArraySpec]) -> None:
-        """Writes what Orbax reads first; before it, Orbax finds no checkpoint here."""
-        tree = {
-            str(("params", *leaf)): {
-                "key_metadata": [{"key": key, "key_type": 2} for key in ("params", *leaf)],
-                # Plain arrays: restored as NumPy without a target, on any devices with one.
-                "value_metadata": {
-                    "value_type": "np.ndarray",
-                    "skip_deserialize": False,
-                    "write_shape": list(spec.shape),
-                },
-            }
-            for leaf, spec in specs.items()
-        }
-        metadata = {
-            "tree_metadata": tree,
-            "use_ocdbt": True,
-            "use_zarr3": False,
-            "store_array_data_equal_to_fill_value": True,
-            "custom_metadata": None,
-        }
-        checkpoint = {
-            "item_handlers": ORBAX_HANDLER,
-            "metrics": {},
-            "performance_metrics": {},
-            "init_timestamp_nsecs": time.time_ns(),
-            "commit_timestamp_nsecs": time.time_ns(),
-            "custom_metadata": {},
-        }
-        write_atomically(self._path / _ORBAX_METADATA, json.dumps(metadata).encode())
-        write_atomically(self._path / _ORBAX_CHECKPOINT_METADATA, json.dumps(checkpoint).encode())
-
-
 def is_orbax(path: Path) -> bool:
     """Whether the folder looks like an Orbax checkpoint."""
-    names = (_ORBAX_METADATA, _MANIFEST, METADATA_FILE, f"default/{_ORBAX_METADATA}")
+    names = (ORBAX_METADATA, MANIFEST, METADATA_FILE, f"default/{ORBAX_METADATA}")
     return any((path / name).is_file() for name in names)
 
 
@@ -267,18 +141,8 @@ def load_orbax_config(path: Path, **switches: Any) -> ModelConfig:
     return ModelConfig(**(values | switches))
 
 
-def disk_full(error: BaseException) -> bool:
-    """Whether the error means that the disk, a quota or a limit on file sizes is full.
-
-    tensorstore has no exception of its own for it: its text carries the number.
-    """
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if isinstance(error, OSError):
-        return error.errno in full
-    return any(f"os_error_code='{number}'" in str(error) for number in full)
-
-
-def _store(root: Path, keys: Leaf) -> dict[str, Any]:
+def array_store(root: Path, keys: Leaf) -> dict[str, Any]:
+    """tensorstore's description of where the array of these keys is stored."""
     return {"driver": "ocdbt", "base": f"file://{root}/", "path": ".".join(keys) + "/"}
 
 

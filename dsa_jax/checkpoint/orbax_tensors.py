@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dsa_jax.checkpoint.checksums import read_checksums
 from dsa_jax.checkpoint.files import read_json_object
 from dsa_jax.checkpoint.names import SCALE_SUFFIX, TensorRow, scale_shape, tensor_table
-from dsa_jax.checkpoint.orbax_folder import CARRIED_FOLDER, TENSORS_FILE, Leaf, OrbaxReader
-from dsa_jax.checkpoint.pieces import Piece, from_leaf
+from dsa_jax.checkpoint.orbax_folder import CARRIED_FOLDER, OrbaxReader
+from dsa_jax.checkpoint.pieces import Leaf, Piece, from_leaf
 from dsa_jax.checkpoint.safetensors_file import DTYPES, TensorEntry
 from dsa_jax.checkpoint.tensors import FP8, Carried
 from dsa_jax.config import ModelConfig
@@ -115,9 +116,8 @@ class OrbaxTensors:
 def orbax_carried(path: Path) -> Carried:
     """What the conversion that wrote the folder carried along; nothing for a checkpoint of other origin."""
     folder = path / CARRIED_FOLDER
-    stored: dict[str, str] = {}
-    if (path / TENSORS_FILE).is_file():
-        stored = {name: entry["source"] for name, entry in read_tensors_file(path).items()}
+    checksums = read_checksums(path)
+    stored = {name: entry["source"] for name, entry in checksums.tensors.items()} if checksums else {}
     if not folder.is_dir():
         return Carried(stored=stored)
     config = folder / "config.json"
@@ -126,23 +126,6 @@ def orbax_carried(path: Path) -> Carried:
         files=tuple(file for file in sorted(folder.iterdir()) if file.name != "config.json"),
         stored=stored,
     )
-
-
-def read_tensors_file(path: Path) -> dict[str, dict]:
-    """Per tensor: its dtype in the source and the digests of its pieces."""
-    return _tensors_file(path)["tensors"]
-
-
-def read_piece_bytes(path: Path) -> int:
-    """Into pieces of how many bytes the tensors were cut for their digests."""
-    return _tensors_file(path)["piece_bytes"]
-
-
-def _tensors_file(path: Path) -> dict:
-    content = read_json_object(path / TENSORS_FILE)
-    if not isinstance(content.get("tensors"), dict) or type(content.get("piece_bytes")) is not int:
-        raise ValueError(f"{path / TENSORS_FILE} lacks tensors or piece_bytes; convert the checkpoint again")
-    return content
 
 
 def _entry(dtype: str, shape: tuple[int, ...]) -> TensorEntry:

@@ -24,6 +24,8 @@ PIECE_BYTES = 64 << 20
 Form = Literal["fp8", "bfloat16", "float32"]
 """How a leaf is held: "fp8" as float8_e4m3fn values with block scales, the others as one array."""
 _DTYPE_OF_FORM = {"fp8": FP8, "bfloat16": "BF16", "float32": "F32"}
+FORM_OF_DTYPE: dict[str, Form] = {FP8: "fp8", "BF16": "bfloat16", "F16": "bfloat16", "F32": "float32"}
+"""The form whose pieces a tensor of this safetensors dtype is cut into, by the size of its elements."""
 _TILE_ROWS, _TILE_ROW_BYTES = 64, 2048
 """Measured: a third faster than square tiles, seven times as fast as no tiles."""
 Leaf = tuple[str, ...]

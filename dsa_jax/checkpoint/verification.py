@@ -1,27 +1,26 @@
-"""`verify`: reads a checkpoint and holds every tensor against the checksum written with it."""
+"""`verify`: reads a checkpoint and checks every tensor against the checksum written with it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dsa_jax.checkpoint.checksums import read_checksums
 from dsa_jax.checkpoint.job import refuse_incomplete
 from dsa_jax.checkpoint.names import SCALE_SUFFIX, tensor_table
 from dsa_jax.checkpoint.open_checkpoint import load_config, open_tensors
-from dsa_jax.checkpoint.orbax_folder import TENSORS_FILE
-from dsa_jax.checkpoint.orbax_tensors import SCALES, VALUES, OrbaxTensors, read_piece_bytes, read_tensors_file
-from dsa_jax.checkpoint.pieces import Form, Piece, cut, digest
+from dsa_jax.checkpoint.orbax_tensors import SCALES, VALUES, OrbaxTensors
+from dsa_jax.checkpoint.pieces import FORM_OF_DTYPE, Piece, cut, digest
 from dsa_jax.checkpoint.tensors import FP8, Tensors, describe_fault, find_faults
-
-_FORMS: dict[str, Form] = {FP8: "fp8", "BF16": "bfloat16", "F16": "bfloat16", "F32": "float32"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:
-    """tensors: how many were read; faults: one sentence each; checksums: False when there are none to hold."""
+    """tensors: how many were read; faults: one sentence each; checksums: whether the folder has any."""
 
     tensors: int
     bytes_read: int
@@ -44,30 +43,35 @@ def verify(
     faults = [
         describe_fault(kind, names) for kind, names in find_faults(tensors, config, read_scales=True).items()
     ]
-    listed = read_tensors_file(path) if (path / TENSORS_FILE).is_file() else {}
-    piece_bytes = read_piece_bytes(path) if listed else None
+    checksums = read_checksums(path)
+    listed = checksums.tensors if checksums else {}
+    piece_bytes = checksums.piece_bytes if checksums else None
     total = sum(entry.size for entry in tensors.entries.values())
     done = checked = 0
     for name, row in tensor_table(config).items():
         entry = tensors.entries.get(name)
-        if entry is None or entry.dtype not in _FORMS or row.duplicate and name not in listed:
+        if entry is None or entry.dtype not in FORM_OF_DTYPE or row.duplicate and name not in listed:
             continue
-        found = _digests(tensors, [*cut(name, row, _FORMS[entry.dtype], piece_bytes)], entry.dtype == FP8)
-        for each, parts in found.items():
+        pieces = [*cut(name, row, FORM_OF_DTYPE[entry.dtype], piece_bytes)]
+        for each, found in _digests(tensors, pieces, entry.dtype == FP8).items():
             checked += 1
             done += tensors.entries[each].size
-            if listed and each not in listed:
-                faults.append(f"{each} has no checksum")
-            elif listed and isinstance(parts, str):
-                faults.append(f"{each}: {parts}")
-            elif listed and listed[each]["sha256"] != parts:
-                faults.append(f"{each} differs from its checksum")
+            if listed and (fault := _fault(each, found, listed.get(each))):
+                faults.append(fault)
         on_progress(done, total)
     missing = set(listed) - set(tensors.entries)
     faults += [f"{name} has a checksum and is missing" for name in sorted(missing)]
     return Verification(
         tensors=checked, bytes_read=tensors.bytes_read, faults=tuple(faults), checksums=bool(listed)
     )
+
+
+def _fault(name: str, found: list[str] | str, listed: dict[str, Any] | None) -> str | None:
+    if listed is None:
+        return f"{name} has no checksum"
+    if isinstance(found, str):
+        return f"{name}: {found}"
+    return None if listed["sha256"] == found else f"{name} differs from its checksum"
 
 
 def _digests(tensors: Tensors, pieces: list[Piece], fp8: bool) -> dict[str, list[str] | str]:
@@ -87,7 +91,7 @@ def _digests(tensors: Tensors, pieces: list[Piece], fp8: bool) -> dict[str, list
 
 
 def _stored(tensors: Tensors, piece: Piece, suffix: str) -> np.ndarray:
-    """The piece as it lies on disk."""
+    """The piece as it is stored."""
     if not isinstance(tensors, OrbaxTensors):
         return tensors.read_rows(piece.name, piece.start, piece.stop)
     leaf = piece.row.path

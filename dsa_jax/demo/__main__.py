@@ -1,5 +1,5 @@
 import sys
 
-from dsa_jax.demo.demo import main
+from dsa_jax.demo.command import main
 
 sys.exit(main())

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,14 +18,13 @@ def transformers_reference(
     """Runs a checkpoint folder in PyTorch, in float32 on CPU, with eager attention.
 
     model_dir: folder with config.json and safetensors files. A folder with a `quantization_config` is
-    dequantised by our own reader first: transformers takes the block size from the ratio of the two shapes
-    and so cannot read a weight whose rows are no multiple of 128, which every released DeepSeek-V3
-    checkpoint has (`kv_a_proj_with_mqa`, 576 rows, 5 rows of scales). Every other folder is read by
-    transformers itself.
+    dequantised by our own reader first. transformers takes the block size from the ratio of the two shapes, so
+    it cannot read weights whose rows are no multiple of 128. Every released DeepSeek-V3 checkpoint has them
+    (`kv_a_proj_with_mqa`, 576 rows, 5 rows of scales). transformers itself reads every other folder.
     tokens: [B T] ids. Returns the arrays listed in `dsa_jax.parity.compare`.
-    selected: another run's arrays. Each layer then attends to that run's "layerL.topk" and not to its own
-    choice, which is returned all the same.
-    Errors: ImportError without torch or transformers; ValueError if the folder does not fill the model.
+    selected: another run's arrays. Each layer then attends to that run's "layer{i}.topk" instead of its own
+    selection, which is returned all the same.
+    Raises ImportError without torch or transformers, ValueError if the folder does not fill the model.
     """
     try:
         import torch
@@ -115,57 +114,69 @@ def capture(
     model: Any, arrays: dict[str, np.ndarray], selected: Mapping[str, np.ndarray] | None = None
 ) -> Iterator[None]:
     """While open, a forward pass of `model` leaves its inner numbers in `arrays`, and attends to `selected`."""
-    import torch
-
-    def to_numpy(tensor: Any) -> np.ndarray:
-        return tensor.detach().cpu().numpy().copy()
-
-    def keep(key: str, index: int | None = None) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            tensor = output if index is None else output[index]
-            arrays[key] = to_numpy(tensor)
-
-        return hook
-
-    def impose(topk: np.ndarray) -> Any:
-        # Missing keys become one that is there: a set does not count it twice.
-        indices = torch.from_numpy(np.where(topk < 0, topk.max(-1, keepdims=True), topk))
-        return lambda module, inputs, output: indices.to(output.dtype)
-
-    def record_scores(forward: Any, key: str) -> Any:
-        """The indexer returns only indices; its scores are the one tensor on which it calls topk.
-
-        Which of several equal scores PyTorch takes is unspecified, and relu makes many of them exactly 0: here the
-        lowest position comes first, as everywhere in this package.
-        """
-
-        def recorded_topk(scores: Any, k: int, dim: int = -1) -> Any:
-            arrays[key] = to_numpy(scores)
-            values, order = torch.sort(scores, dim=dim, descending=True, stable=True)
-            return torch.return_types.topk((values.narrow(dim, 0, k), order.narrow(dim, 0, k)))
-
-        def recorded_forward(*args: Any, **kwargs: Any) -> Any:
-            with mock.patch.object(torch.Tensor, "topk", recorded_topk):
-                return forward(*args, **kwargs)
-
-        return recorded_forward
-
     with contextlib.ExitStack() as stack:
         for i, layer in enumerate(model.model.layers):
-            indexer = layer.self_attn.indexer
+            indexer, gate = layer.self_attn.indexer, getattr(layer.mlp, "gate", None)
             hooks = [
-                layer.register_forward_hook(keep(f"layer{i}.out")),
-                layer.self_attn.register_forward_hook(keep(f"layer{i}.attn", 0)),
-                layer.mlp.register_forward_hook(keep(f"layer{i}.mlp")),
-                indexer.register_forward_hook(keep(f"layer{i}.topk")),
+                (layer, _keep(arrays, f"layer{i}.out")),
+                (layer.self_attn, _keep(arrays, f"layer{i}.attn", 0)),
+                (layer.mlp, _keep(arrays, f"layer{i}.mlp")),
+                (indexer, _keep(arrays, f"layer{i}.topk")),
             ]
             if selected is not None:
-                hooks.append(indexer.register_forward_hook(impose(selected[f"layer{i}.topk"])))
-            if hasattr(layer.mlp, "gate"):
-                hooks.append(layer.mlp.gate.register_forward_hook(keep(f"layer{i}.gate_w", 1)))
-                hooks.append(layer.mlp.gate.register_forward_hook(keep(f"layer{i}.gate_i", 2)))
-            for handle in hooks:
-                stack.callback(handle.remove)
-            recorded = record_scores(indexer.forward, f"layer{i}.index_scores")
+                hooks.append((indexer, _replace(selected[f"layer{i}.topk"])))
+            if gate is not None:
+                hooks += [
+                    (gate, _keep(arrays, f"layer{i}.gate_{kind}", at)) for kind, at in (("w", 1), ("i", 2))
+                ]
+            for module, hook in hooks:
+                stack.callback(module.register_forward_hook(hook).remove)
+            recorded = _record_scores(indexer.forward, arrays, f"layer{i}.index_scores")
             stack.enter_context(mock.patch.object(indexer, "forward", recorded))
         yield
+
+
+Hook = Callable[[Any, Any, Any], Any]
+"""PyTorch's forward hook: (module, inputs, output) -> None, or another output."""
+
+
+def _keep(arrays: dict[str, np.ndarray], key: str, index: int | None = None) -> Hook:
+    """A hook that copies the output, or one of the outputs, into arrays[key]."""
+
+    def hook(module: Any, inputs: Any, output: Any) -> None:
+        arrays[key] = _to_numpy(output if index is None else output[index])
+
+    return hook
+
+
+def _replace(topk: np.ndarray) -> Hook:
+    """A hook that returns these indices instead of the module's own."""
+    import torch
+
+    # -1 becomes an index that is already in the row: a set does not count it twice.
+    indices = torch.from_numpy(np.where(topk < 0, topk.max(-1, keepdims=True), topk))
+    return lambda module, inputs, output: indices.to(output.dtype)
+
+
+def _record_scores(forward: Any, arrays: dict[str, np.ndarray], key: str) -> Any:
+    """The indexer returns only indices; its scores are the one tensor on which it calls topk.
+
+    PyTorch does not specify which of several equal scores it takes, and relu makes many of them exactly 0. Here the
+    lowest position comes first, as everywhere in this package.
+    """
+    import torch
+
+    def recorded_topk(scores: Any, k: int, dim: int = -1) -> Any:
+        arrays[key] = _to_numpy(scores)
+        values, order = torch.sort(scores, dim=dim, descending=True, stable=True)
+        return torch.return_types.topk((values.narrow(dim, 0, k), order.narrow(dim, 0, k)))
+
+    def recorded_forward(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(torch.Tensor, "topk", recorded_topk):
+            return forward(*args, **kwargs)
+
+    return recorded_forward
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+    return tensor.detach().cpu().numpy().copy()

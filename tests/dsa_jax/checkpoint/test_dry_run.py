@@ -14,6 +14,7 @@ import pytest
 from dsa_jax.checkpoint import convert
 from dsa_jax.checkpoint.compare_tensors import compare_tensors, parse_layers
 from dsa_jax.checkpoint.dry_run import dry_run
+from dsa_jax.checkpoint.request import Request
 from tests.vectors.weights import write_sparse_release
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,8 +29,10 @@ def orbax(release, tmp_path_factory) -> Path:
 
 DRY_RUN = """
 import resource, sys
+from pathlib import Path
 from dsa_jax.checkpoint.dry_run import dry_run
-report = dry_run(sys.argv[1])
+from dsa_jax.checkpoint.request import Request
+report = dry_run(Request(source=Path(sys.argv[1])))
 print(*report.lines(), sep="\\n")
 print(report.elements, report.elements - report.config.param_count(), len(report.faults))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -39,7 +42,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 def test_the_671b_release_is_counted_as_deepseek_counts_it(tmp_path) -> None:
     """685,396,921,376 is the published size of V3.2-Exp: all stored elements, block scales included.
 
-    In a process of its own: its memory is measured, and here the shape checks would make it slow.
+    Runs in a process of its own: its memory is measured, and the shape checks of these tests would slow it down.
     """
     n_bytes = write_sparse_release(tmp_path / "v32", "v32", mtp=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -63,23 +66,24 @@ def test_every_problem_is_listed_at_once(release, tmp_path) -> None:
     (path / "model-00001-of-00003.safetensors").unlink()
     shard = path / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    report = dry_run(path)
+    report = dry_run(Request(source=path))
     text = "\n".join(report.lines())
     assert "problem: 1 shards missing" in text and "problem: 1 unreadable shards" in text
     assert report.written_bytes is None and "no problems" not in text
 
 
 def test_both_directions_and_forms_are_planned(release, orbax) -> None:
-    kept, bf16 = dry_run(release).written_bytes, dry_run(release, dtype="bfloat16").written_bytes
+    kept = dry_run(Request(source=release)).written_bytes
+    bf16 = dry_run(Request(source=release, dtype="bfloat16")).written_bytes
     assert kept is not None and bf16 is not None and 1.5 * kept < bf16 < 2 * kept
-    back = dry_run(orbax, max_shard_bytes=1_000_000)
-    total = sum(entry.size for entry in dry_run(release).tensors.values())
+    back = dry_run(Request(source=orbax, max_shard_bytes=1_000_000))
+    total = sum(entry.size for entry in dry_run(Request(source=release)).tensors.values())
     assert back.format == "hf" and back.written_bytes == total
     assert any("F8_E4M3 in model-00001-of-" in line for line in back.lines())
 
 
 def test_a_conversion_compares_as_identical(release, orbax, tmp_path) -> None:
-    """But for the norms and the router, which are float32 with us and bfloat16 in the release."""
+    """Except for the norms and the router: we store them in float32, the release in bfloat16."""
     report = compare_tensors(release, orbax)
     other = {row.dtypes for row in report.rows if row.verdict != "identical"}
     assert report.passed and other == {("BF16", "F32")} and report.count("identical") > 150
@@ -108,7 +112,7 @@ def test_one_changed_weight_is_found_with_its_size(release, orbax, tmp_path) -> 
     assert content["passed"] is False and len(content["rows"]) == len(report.rows)
 
 
-def test_layers_bound_what_is_read(release, orbax) -> None:
+def test_only_the_chosen_layers_are_read(release, orbax) -> None:
     whole, part = compare_tensors(release, orbax), compare_tensors(release, orbax, layers=(0, 4))
     assert {row.layer for row in part.rows} == {0, 4} and part.bytes_read < 0.6 * whole.bytes_read
     assert "| 4 | " in part.to_markdown()

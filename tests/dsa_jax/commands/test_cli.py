@@ -1,5 +1,6 @@
 """The `dsa-jax` command: what it prints, what it writes, and its exit codes."""
 
+import importlib.metadata
 import json
 import shutil
 import sys
@@ -36,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vectors(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of numbers that our own model made: comparing with it must pass."""
+    """A file of numbers from our own model: comparing with it must pass."""
     config = load_config(checkpoint, dtype="float32", param_dtype="float32")
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 24))
     path = tmp_path_factory.mktemp("vectors") / "ours.npz"
@@ -109,11 +110,11 @@ def test_a_prompt_is_text_when_there_is_a_tokenizer(checkpoint, tmp_path, capsys
     [
         (["--token-ids", ",".join(["5"] * (LIMIT + 1))], f"exceed max_seq_len={LIMIT}"),
         (["--token-ids", "1,2,x"], "token ids are whole numbers separated by commas"),
-        (["--token-ids", "1,64"], "token id 64 is not below vocab_size=64"),
+        (["--token-ids", "1,64"], "token ids must be below vocab_size=64, got 64"),
         (["--token-ids", ","], "at least one token"),
         (["--token-ids", "1", "--prompt", "a"], "not both"),
         ([], "either --prompt TEXT or --token-ids 1,2,3"),
-        (["--prompt", "a"], "no tokenizer.json"),
+        (["--prompt", "a"], "--prompt needs a tokenizer.json"),
         (["--token-ids", "1", "--top-p", "0"], "top_p must be"),
     ],
 )
@@ -134,10 +135,10 @@ def test_bad_folders_give_one_line(checkpoint, tmp_path, capsys):
 
 def test_traceback_is_shown_on_request(checkpoint, monkeypatch):
     args = ["generate", "--model", checkpoint, "--token-ids", "99", "--max-new-tokens", 4]
-    with pytest.raises(ValueError, match="token id 99"):
+    with pytest.raises(ValueError, match="got 99"):
         run(*args, "--traceback")
     monkeypatch.setenv("DSA_JAX_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="token id 99"):
+    with pytest.raises(ValueError, match="got 99"):
         run(*args)
 
 
@@ -167,8 +168,8 @@ def test_bad_numbers_give_one_line(checkpoint, vectors, tmp_path, capsys):
         np.savez(tmp_path / "bad.npz", **kept)
         return refused(capsys, "compare", "--model", checkpoint, "--vectors", tmp_path / "bad.npz")
 
-    assert "holds no 'input_ids'" in message(input_ids=None)
-    assert "holds no 'logits'" in message(logits=None)
+    assert "must hold 'input_ids'" in message(input_ids=None)
+    assert "must hold 'logits'" in message(logits=None)
     assert "token ids must lie in" in message(input_ids=np.full((2, 24), 64))
     assert "has shape" in message(logits=np.zeros((2, 24, 63), np.float32))
     (tmp_path / "broken.npz").write_bytes(vectors.read_bytes()[:1000])
@@ -191,6 +192,18 @@ def test_help_shows_an_example(command, capsys):
         run(command, "--help")
     assert stopped.value.code == 0
     assert f"dsa-jax {command} --model DIR" in capsys.readouterr().out
+
+
+def test_help_lists_the_installed_plugins(monkeypatch, capsys):
+    point = importlib.metadata.EntryPoint("aot", "train.aot:main", "dsa_jax.commands")
+    for installed, listed in (([point], True), ([], False)):
+        monkeypatch.setattr("dsa_jax.commands.cli.entry_points", lambda group, found=installed: found)
+        with pytest.raises(SystemExit) as stopped:
+            run("--help")
+        assert stopped.value.code == 0
+        output = capsys.readouterr().out
+        assert ("aot" in output) is listed
+        assert all(command in output for command in ("generate", "compare", "convert", "verify"))
 
 
 def test_an_unknown_option_exits_with_2(capsys):

@@ -6,31 +6,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsa_jax.commands.cli import encode, read_tokenizer
-from dsa_jax.demo import demo
+from dsa_jax.commands.inputs import encode, read_tokenizer
+from dsa_jax.demo import command, measurements
+from dsa_jax.demo.model import NANO, Model, load
 from dsa_jax.demo.pictures import draw_reading, draw_selection
 
-SOURCE = Path(demo.__file__).read_text()
+SOURCE = Path(command.__file__).read_text()
 
 
 @pytest.fixture(scope="module")
-def model() -> demo.Model:
-    return demo.load()
+def model() -> Model:
+    return load()
 
 
 def test_sparse_equals_dense_where_it_must_on_a_file(model, monkeypatch):
-    monkeypatch.setattr(demo, "ROW", 320)
+    monkeypatch.setattr(measurements, "ROW", 320)
     tokens = np.array(encode(SOURCE, model.tokenizer, model.config)[:320])
-    table, checks, chosen = demo.agreement(model, tokens)
+    table, checks, chosen = measurements.agreement(model, tokens)
     assert [passed for _, passed in checks] == [True, True]
     assert chosen.shape == (model.config.n_layers, 320, model.config.index_topk)
     assert table.row_count == 5
 
 
 @pytest.mark.parametrize("limit", (60, 300, 10**6))
-def test_a_prompt_ends_behind_a_def_line_or_with_the_file(limit: int):
-    tokenizer = read_tokenizer(demo.NANO)
-    prompt = demo.cut(SOURCE, tokenizer, limit)
+def test_a_prompt_ends_after_a_def_line_or_with_the_file(limit: int):
+    tokenizer = read_tokenizer(NANO)
+    prompt = command.cut(SOURCE, tokenizer, limit)
     assert SOURCE.startswith(prompt)
     assert len(tokenizer.encode(prompt).ids) <= limit
     if limit < 10**6 and "def " in prompt:
@@ -40,8 +41,9 @@ def test_a_prompt_ends_behind_a_def_line_or_with_the_file(limit: int):
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert demo.main(list(arguments)) == 2
+    assert command.main(list(arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m dsa_jax.demo: ")
     return line
 
 
@@ -52,7 +54,7 @@ def test_unusable_input_is_one_sentence(capsys, tmp_path):
     assert "byte 8 is not UTF-8" in refused(capsys, str(binary))
     (short := tmp_path / "short.py").write_text("x = 1\n")
     assert "at least 512" in refused(capsys, str(short))
-    assert "--new-tokens must be 1 to 512, got 0" in refused(capsys, demo.__file__, "--new-tokens", "0")
+    assert "--new-tokens must be 1 to 512, got 0" in refused(capsys, command.__file__, "--new-tokens", "0")
 
 
 def test_pictures_of_text_with_anything_in_it(tmp_path):
@@ -70,13 +72,13 @@ def test_pictures_of_text_with_anything_in_it(tmp_path):
 def test_cross_entropy_is_the_mean_of_minus_log_probability():
     logits = np.log(np.array([[0.25, 0.75], [0.5, 0.5]], np.float32))
     expected = -(np.log(0.75) + np.log(0.5)) / 2
-    assert demo.cross_entropy(logits, np.array([1, 0])) == pytest.approx(expected, rel=1e-6)
+    assert measurements.cross_entropy(logits, np.array([1, 0])) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_trained_model_is_small_and_complete():
-    files = [path for path in demo.NANO.iterdir() if path.is_file()]
+    files = [path for path in NANO.iterdir() if path.is_file()]
     names = {path.name for path in files}
     assert {"config.json", "tokenizer.json", "README.md", "LICENSE.python.txt"} <= names
     assert max(path.stat().st_size for path in files) < 16 * 2**20
-    index = json.loads((demo.NANO / "model.safetensors.index.json").read_text())
+    index = json.loads((NANO / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {name for name in names if name.endswith(".safetensors")}

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from dsa_jax.checkpoint import load_config, load_params, write_hf
 from dsa_jax.config import ModelConfig, tiny
-from dsa_jax.parity.compare import Tolerance, compare, run_ours
+from dsa_jax.parity.compare import compare, run_ours
 from dsa_jax.parity.reference import transformers_reference
+from dsa_jax.parity.report import Tolerance
 from dsa_jax.transformer import Transformer
 
 BATCH, TOKENS, KEYS, VOCAB, TOP_K = 2, 12, 12, 7, 4
@@ -82,7 +83,7 @@ def test_one_wrong_key_fails_and_the_gap_tells_a_tie_from_a_bug(ours, reference)
         report = compare(ours, reference)
         row = report.layers[0]
         assert not report.passed and len(report.failures) == 1
-        assert f"{gap:.1e} apart" in report.failures[0]
+        assert f"is at most {gap:.1e}" in report.failures[0]
         assert row.topk_gap == gap
         assert row.topk_equal == pytest.approx(1 - 1 / (BATCH * TOKENS))
         assert row.topk_overlap == pytest.approx(1 - 1 / (BATCH * TOKENS * TOP_K))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dsa_jax.commands.checkpoint import parse_size
 from dsa_jax.commands.cli import main
+from dsa_jax.commands.inputs import parse_size
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_verify_exits_with_1_and_names_the_tensor(orbax, tmp_path, capsys) -> No
 
 def test_a_folder_without_checksums_is_still_checked(release, capsys) -> None:
     assert main(["verify", str(release)]) == 0
-    assert "there are no checksums to hold" in capsys.readouterr().out
+    assert "are readable; the folder has no checksums" in capsys.readouterr().out
 
 
 def test_generate_takes_a_converted_checkpoint_with_fp8_kept(release, orbax, capsys) -> None:
@@ -72,11 +72,11 @@ def test_generate_takes_a_converted_checkpoint_with_fp8_kept(release, orbax, cap
 @pytest.mark.parametrize(
     ("text", "size"), [("2GiB", 2 << 30), ("500 MB", 500_000_000), ("1000000", 1_000_000), ("1.5kB", 1500)]
 )
-def test_sizes(text, size) -> None:
+def test_sizes_are_read_with_their_units(text, size) -> None:
     assert parse_size("--x", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "2TB", "-1", "0", "2GiBB", "nan", "infGB"])
-def test_sizes_that_are_none(text) -> None:
+def test_other_sizes_are_refused(text) -> None:
     with pytest.raises(ValueError, match="--x"):
         parse_size("--x", text)

@@ -1,0 +1,125 @@
+"""The parts of a Hugging Face config.json with a structure of their own: RoPE and quantisation, and typed values."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dsa_jax.config import Fp8Config, YarnConfig
+
+
+def read_object(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """A copy of the object under the key, {} for null or none. Raises ValueError for anything else."""
+    value = values.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"config.json: {key} must be an object or null, got {value!r}")
+    return dict(value or {})
+
+
+def read_rope_theta(values: dict[str, Any]) -> Any:
+    """rope_theta in either spelling, None when it is missing."""
+    return read_object(values, "rope_parameters").get("rope_theta", values.get("rope_theta"))
+
+
+def read_rope(values: dict[str, Any]) -> tuple[float, YarnConfig | None]:
+    """(theta, YaRN or None), from rope_theta + rope_scaling or from rope_parameters.
+
+    Raises ValueError for spellings that contradict each other, and for a type other than default and yarn.
+    """
+    old, new = read_object(values, "rope_scaling"), read_object(values, "rope_parameters")
+    if old and new and {k: v for k, v in new.items() if k != "rope_theta"} != old:
+        raise ValueError(
+            f"config.json: rope_scaling and rope_parameters contradict each other: {old} and {new}"
+        )
+    theta, outer = read_number("rope_theta", read_rope_theta(values)), values.get("rope_theta")
+    if outer is not None and outer != theta:
+        raise ValueError(
+            f"config.json: rope_theta must equal that of rope_parameters, got {outer} and {theta}"
+        )
+    rope = new or old
+    rope.pop("rope_theta", None)
+    kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope} or {"default"}
+    if kinds != {"default"} and kinds != {"yarn"}:
+        raise ValueError(
+            f"config.json: the rope type must be default or yarn, got {' and '.join(sorted(kinds))}"
+        )
+    for key, supported in (("partial_rotary_factor", 1.0), ("truncate", True), ("attention_factor", None)):
+        if rope.pop(key, supported) != supported:
+            raise ValueError(f"config.json: {key} of the rope must be {supported} or absent")
+    if kinds == {"default"}:
+        if rope:
+            raise ValueError(f"config.json: a rope of type default takes no {', '.join(sorted(rope))}")
+        return theta, None
+    return theta, _yarn(rope)
+
+
+def _yarn(rope: dict[str, Any]) -> YarnConfig:
+    missing = [key for key in ("factor", "original_max_position_embeddings") if rope.get(key) is None]
+    if missing:
+        raise ValueError(f"config.json: a rope of type yarn needs {', '.join(missing)}")
+    # DeepSeek's reading of absent keys: mscale_all_dim 0 means no attention temperature.
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+    numbers = {key: read_number(key, rope.pop(key, default)) for key, default in defaults.items()}
+    factor = read_number("factor", rope.pop("factor"))
+    original = read_integer("original_max_position_embeddings", rope.pop("original_max_position_embeddings"))
+    if rope:
+        raise ValueError(f"config.json: a rope of type yarn takes no {', '.join(sorted(rope))}")
+    return YarnConfig(factor=factor, original_seq_len=original, **numbers)
+
+
+def write_rope_scaling(yarn: YarnConfig | None) -> dict[str, Any] | None:
+    """The rope_scaling object, in the released spelling."""
+    if yarn is None:
+        return None
+    values = dataclasses.asdict(yarn)
+    original = values.pop("original_seq_len")
+    return {"type": "yarn", "original_max_position_embeddings": original, **values}
+
+
+def read_quantization(values: dict[str, Any]) -> Fp8Config | None:
+    """From the quantization_config object; None when it is empty. Raises ValueError for anything but 128 x 128 FP8."""
+    if not values:
+        return None
+    supported: dict[str, tuple[Any, ...]] = {
+        "quant_method": ("fp8",),
+        "fmt": ("e4m3", None),
+        "activation_scheme": ("dynamic", None),
+        "weight_block_size": ([128, 128],),
+        "scale_fmt": ("ue8m0", None),
+    }
+    for key, options in supported.items():
+        if values.get(key) not in options:
+            raise ValueError(
+                f"config.json: {key} of quantization_config must be {options[0]}, got {values.get(key)}"
+            )
+    # The lists of tensors left unquantised are not needed: the reader goes by each tensor's own dtype.
+    if unknown := sorted(set(values) - set(supported) - {"modules_to_not_convert", "ignored_layers"}):
+        raise ValueError(
+            f"config.json: quantization_config has unknown keys {', '.join(unknown)}; remove them"
+        )
+    return Fp8Config(scale_fmt=values.get("scale_fmt"))
+
+
+def write_quantization(fp8: Fp8Config) -> dict[str, Any]:
+    """The quantization_config object, in the released spelling."""
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(fp8.block),
+        **({"scale_fmt": fp8.scale_fmt} if fp8.scale_fmt else {}),
+    }
+
+
+def read_integer(key: str, value: Any) -> int:
+    """The value. Raises ValueError, with the key, when it is not an integer."""
+    if type(value) is not int:
+        raise ValueError(f"config.json: {key} must be an integer, got {value!r}")
+    return value
+
+
+def read_number(key: str, value: Any) -> float:
+    """The value as a float. Raises ValueError, with the key, when it is not a number."""
+    if type(value) not in (int, float):
+        raise ValueError(f"config.json: {key} must be a number, got {value!r}")
+    return float(value)
