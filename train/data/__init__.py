@@ -1,1 +1,1 @@
-"""Rows of tokens: text, tasks with known answers, mixtures, batches."""
+"""Rows of tokens: packed text, tasks with known answers, mixtures, batches."""

@@ -2,12 +2,12 @@
 
 A row is a dict of three int32 arrays of length T, a batch the same with a leading B:
 
-    tokens       [T]  what the model reads
-    targets      [T]  the token that follows; -1 = no loss here (end of a document, padding, not an answer)
+    tokens       [T]  input token ids
+    targets      [T]  the next token; -1 = no loss here (end of a document, padding, not an answer)
     segment_ids  [T]  0 = padding; a run of equal ids = one document
 
-Positions follow from `segment_ids`, and the MTP layer's targets from `targets`; neither is stored. A source of
-rows is anything with `__len__` and `__getitem__`: row i depends on i alone, whoever asks for it and when.
+Positions follow from ``segment_ids``, and the MTP layer's targets from ``targets``; neither is stored. A source of
+rows is anything with ``__len__`` and ``__getitem__`` whose row i depends on i alone.
 """
 
 import json
@@ -34,10 +34,10 @@ class RowSource(Protocol):
 
 @runtime_checkable
 class BatchIterator(Iterator[Batch], Protocol):
-    """What training asks of its data: batches, and a small JSON-able state to continue from.
+    """What training needs from its data: batches, and a small JSON-able state to resume from.
 
-    The state says how many batches were taken; after `set_state(state)` the next batch is the one that
-    followed `get_state()`.
+    The state is the number of batches taken; after ``set_state(state)`` the next batch is the one that followed
+    ``get_state()``.
     """
 
     def get_state(self) -> dict[str, Any]: ...
@@ -46,11 +46,13 @@ class BatchIterator(Iterator[Batch], Protocol):
 
 
 class PackedRows:
-    """The documents of one split of a folder made by `python -m train.data.prepare`, one after another, in rows of T.
+    """Rows of T tokens cut from one split of a folder that `python -m train.data.prepare` wrote.
 
-    Row i reads tokens i T ... (i + 1) T - 1 of the split and stays on disk until asked for. A document longer
-    than the rest of its row goes on in the next one, as a segment of its own there. Only the last row may
-    be padded. Raises ValueError where the folder is not a prepared one or its files contradict each other.
+    Row i is tokens i T ... (i + 1) T - 1 of the split and stays on disk until requested. A document that does not
+    fit the rest of its row continues in the next row, as a separate segment. Only the last row may be padded.
+
+    Raises:
+      ValueError: the folder is not a prepared one, or its files contradict each other.
     """
 
     def __init__(self, folder: Path | str, split: Literal["train", "validation"], seq_len: int) -> None:
@@ -87,7 +89,7 @@ class PackedRows:
         n_real = min(length, len(self._tokens) - first)
         tokens = np.full(length, self.pad_id, np.int32)
         tokens[:n_real] = read[:n_real]
-        # Which document a position belongs to; the one past the row says whether the row's last token has a target.
+        # Document of each position; the one after the row tells whether the row's last token has a target.
         document = np.searchsorted(self._starts, np.arange(first, first + len(read)), side="right")
         targets = np.full(length, -1, np.int32)
         n_next = len(read) - 1
@@ -99,11 +101,13 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several sources in one stream; in any stretch of it, source i has the share weights[i] / sum(weights).
+    """Several sources in one stream, in any stretch of which source i has the share weights[i] / sum(weights).
 
-    sources: RowSources or Mixtures of one row length. Which source row n of the stream comes from depends on n
-    and the weights alone. Each source is shuffled, and repeated, by itself: a small one is seen more often.
-    Raises ValueError on weights that are not positive, one per source, and on rows of different length.
+    sources: RowSources or Mixtures with one row length. The source of row n of the stream depends only on n and the
+    weights. Each source is shuffled and repeated separately, so a small one repeats more often.
+
+    Raises:
+      ValueError: not one positive weight per source, or rows of different lengths.
     """
 
     sources: Sequence["RowSource | Mixture"]
@@ -123,7 +127,11 @@ class Mixture:
 
 
 def row_length(source: RowSource | Mixture) -> int:
-    """T, the tokens in every row of a source. Raises ValueError if the source has no row."""
+    """T, the tokens per row of a source.
+
+    Raises:
+      ValueError: the source has no row.
+    """
     if isinstance(source, Mixture):
         return row_length(source.sources[0])
     if len(source) == 0:
@@ -141,22 +149,24 @@ def batches(
     epochs: int | None = None,
     start: dict[str, Any] | None = None,
 ) -> BatchIterator:
-    """Iterates over batches of rows through grain; read ahead by threads, the order fixed by the arguments.
+    """Batches of rows through grain. Threads read ahead; the order depends only on the arguments.
 
-    batch: rows of the global batch, B. seed: of the shuffling, new in every epoch.
-    rows: which rows of every global batch to read and return, the same for all batches; None = all. Processes that
-    share out the rows 0 ... B - 1 have together what one process alone would have.
-    epochs: passes over the source, after which the iterator ends, short of a last incomplete batch; None = no end.
-    start: a state from `get_state`, with any rows of the same source, batch, seed and shuffle, to continue from.
+    batch: rows of the global batch, B. seed: of the shuffling, which changes with each epoch.
+    rows: the rows of each global batch to read and return; None = all. Processes that divide the rows 0 ... B - 1
+    among them have together what a single process has.
+    epochs: passes over the source, without a last incomplete batch; None = endless.
+    start: a state from ``get_state`` to resume from. Source, batch, seed and shuffle must be the same; rows may differ.
 
-    Raises ValueError on sizes that do not fit, ImportError where grain is not installed.
+    Raises:
+      ValueError: sizes that do not fit.
+      ImportError: grain is not installed.
     """
     if batch < 1:
         raise ValueError(f"batch must be positive, got {batch}")
     rows = range(batch) if rows is None else rows
     if not rows or not 0 <= min(rows) <= max(rows) < batch:
         raise ValueError(f"rows must be some of 0 ... {batch - 1}, got {list(rows)}")
-    row_length(source)  # refuses an empty source, which would repeat without end
+    row_length(source)  # refuses an empty source, which would repeat forever
     try:
         import grain
     except ImportError as error:
@@ -183,7 +193,7 @@ def batches(
 
 @dataclass(frozen=True)
 class _Batches:
-    """Some rows of every whole batch of a stream."""
+    """Some rows of each complete batch of a stream."""
 
     stream: Any
     batch: int

@@ -9,10 +9,8 @@ from train.data.rows import BatchIterator, Mixture, PackedRows, batches
 from train.data.synthetic import AssociativeRecall, MultiQueryRecall, Needles
 
 Split = Literal["train", "validation"]
-VALIDATION_SEED = 1_000_003  # tasks have no files to split: other rows come from another seed
+VALIDATION_SEED = 1_000_003  # tasks have no files to split, so held-out rows come from another seed
 TASKS = {"associative_recall": AssociativeRecall, "multi_query_recall": MultiQueryRecall, "needles": Needles}
-
-
 Rows = PackedRows | AssociativeRecall | MultiQueryRecall | Needles
 
 
@@ -20,7 +18,7 @@ def rows_of(source: Source, seq_len: int, split: Split) -> Rows:
     """The rows of one source.
 
     Raises:
-      ValueError: a text source without a folder, options its task does not know or lacks, or sizes that do not fit.
+      ValueError: a text source without a folder, unknown or missing options of a task, or sizes that do not fit.
     """
     if source.kind == "text":
         if source.folder is None:
@@ -41,10 +39,10 @@ def rows_of(source: Source, seq_len: int, split: Split) -> Rows:
 
 
 def mixture(run: Run, split: Split) -> Mixture:
-    """All sources of the run, each with its share.
+    """All sources of the run with their weights.
 
     Raises:
-      ValueError: as ``rows_of``, or a source has token ids that the model does not.
+      ValueError: as ``rows_of``, or a source has token ids outside the model's vocabulary.
     """
     sources = [rows_of(source, run.seq_len, split) for source in run.data]
     for source, rows in zip(run.data, sources, strict=True):
@@ -61,19 +59,19 @@ def n_ids(rows: Rows) -> int:
     if not isinstance(rows, Needles):
         return rows.vocab_size
     text = rows.haystack.vocab_size if isinstance(rows.haystack, PackedRows) else 0
-    words = (rows.keys, rows.values, rows.facts)
-    return max(text, rows.marker + 1, rows.query_marker + 1, *(ids.stop for ids in words))
+    ranges = (rows.keys, rows.values, rows.facts)
+    return max(text, rows.marker + 1, rows.query_marker + 1, *(ids.stop for ids in ranges))
 
 
 def training_batches(
     run: Run, stage: Stage, start: dict[str, Any] | None = None, rows: Sequence[int] | None = None
 ) -> BatchIterator:
-    """The endless batches of one stage, or these rows of each; ``start``: the position to go on from."""
+    """The endless batches of one stage, or these rows of each. start: the position to resume from."""
     seed = run.seed + stage.data_seed
     return batches(mixture(run, "train"), run.batch, seed, rows=rows, start=start)
 
 
 def validation_batches(run: Run, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
-    """``run.eval_batches`` batches, or these rows of each, always the same, that no stage trains on."""
+    """``run.eval_batches`` held-out batches, or these rows of each; the same on every call."""
     iterator = batches(mixture(run, "validation"), run.batch, 0, rows=rows)
     return [next(iterator) for _ in range(run.eval_batches)]

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from train.data import prepare as preparing
-from train.data.prepare import SPECIAL_TOKENS, main, prepare, stdlib_documents
+import train.data.prepare
+from train.data.documents import read_source, split_documents, stdlib_documents
+from train.data.prepare import main, prepare
+from train.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 TEXTS = [f"def f{n}(x):\n    return x + {n}  # été, \t日本 {'<|eos|>' * (n % 2)}\n" for n in range(60)]
 
@@ -86,7 +88,7 @@ def test_the_same_input_gives_the_same_bytes_wherever_it_lies(corpus, tmp_path):
 
 def test_more_documents_move_none_to_the_other_split(corpus, tmp_path):
     def validation_texts(folder: Path) -> set[str]:
-        splits = preparing.split_documents(preparing.read_source(str(folder), False, None)[0], 0.2)
+        splits = split_documents(read_source(str(folder), False, None)[0], 0.2)
         assert splits["validation"] and splits["train"]
         return {document.text for document in splits["validation"]}
 
@@ -108,7 +110,7 @@ def test_a_few_documents_still_have_a_validation_split(tmp_path):
 
 
 def test_a_tokenizer_made_elsewhere_is_used_as_it_is(corpus, tmp_path):
-    own = Tokenizer.from_str(preparing.train_tokenizer(TEXTS, 280).to_str())
+    own = Tokenizer.from_str(train_tokenizer(TEXTS, 280).to_str())
     text = own.to_str().replace("<|bos|>", "<｜begin▁of▁sentence｜>").replace("<|reserved_", "<|tool_")
     (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
     manifest = prepare([str(corpus)], tmp_path / "out", tokenizer_file=tmp_path / "tokenizer.json")
@@ -158,7 +160,7 @@ def test_an_interrupted_run_leaves_no_folder_and_does_not_disturb_the_next(corpu
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparing, "write_split", interrupted)
+        patch.setattr(train.data.prepare, "write_split", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare([str(corpus)], tmp_path / "out", vocab_size=300)
     assert not (tmp_path / "out").exists()
