@@ -1,5 +1,6 @@
 """DeepSeek-V3.2 with DeepSeek Sparse Attention, in JAX and Flax."""
 
+from dsa_jax.attention_form import for_training
 from dsa_jax.cache import Cache, init_cache
 from dsa_jax.checkpoint import load_config, load_params, write_hf
 from dsa_jax.config import Fp8Config, ModelConfig, YarnConfig, deepseek_v32, glm5, tiny
@@ -17,6 +18,7 @@ __all__ = [
     "YarnConfig",
     "__version__",
     "deepseek_v32",
+    "for_training",
     "generate",
     "glm5",
     "init_cache",

@@ -1,14 +1,14 @@
-"""The cache of one model: latents, rotated keys and index keys of every layer, and which slots hold what.
+"""What attention reads: the queries of one call, the keys of a layer, and the cache that holds the keys of all layers.
 
-A token costs ``kv_lora_rank + qk_rope_head_dim + index_head_dim`` values a layer (704 for V3.2), not
-per-head keys and values. Slots are filled in order, row by row, so the keys that a query may see are one
-interval of slots: from the first token of its document to itself.
+Per layer and token the cache stores ``kv_lora_rank + qk_rope_head_dim + index_head_dim`` values (704 for V3.2), not
+the keys and values of every head. Each row fills its slots in order, so the keys that a query may see are one interval
+of slots: from the first token of its document to the query itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -17,36 +17,79 @@ from jaxtyping import Array, Int
 
 from dsa_jax.config import ModelConfig
 
-Arrays = tuple[jax.Array, ...]  # latent, k_rope, index_k
+# Fields of type Any are not checked: a tree of shapes, shardings or logical axes has the same structure.
+
+
+class Keys(NamedTuple):
+    """The keys of one layer: latent [B S C], k_rope [B S R] and index_k [B S J]; of all layers: [L B S ...].
+
+    latent: the compressed keys and values of all heads. k_rope: the rotated key, which all heads share.
+    index_k: the indexer's key.
+    """
+
+    latent: Any
+    k_rope: Any
+    index_k: Any
+
+
+@flax.struct.dataclass
+class Queries:
+    """The queries of one layer, before they are projected to heads.
+
+    hidden [B T D]: the normalised hidden state; q_compressed [B T Q]: the normalised query latent; rotation: RoPE at
+    the queries' positions. Query t sees the keys key_start .. key_stop - 1 (both [B T]); padding sees none.
+    """
+
+    hidden: Any
+    q_compressed: Any
+    rotation: Any
+    key_start: Any
+    key_stop: Any
+
+    @staticmethod
+    def axes(queries: str) -> Queries:
+        """The logical axes of each array, for ``shard_map``, with T split as the axis of that name is."""
+        per_query = ("batch", queries, None)
+        return Queries(
+            hidden=per_query,
+            q_compressed=per_query,
+            rotation=per_query,
+            key_start=per_query[:2],
+            key_stop=per_query[:2],
+        )
 
 
 @flax.struct.dataclass
 class Cache:
     """latent [L B S C], k_rope [L B S R], index_k [L B S J]; segment_ids [B S], 0 = empty; length [B].
 
-    ``length`` is the slot that a row's next token takes. Padding behind a call's last token (or a call of
-    nothing else) does not advance it and is overwritten; padding before a token keeps its empty slots.
+    ``length`` is the slot that the row's next token takes. Padding after the last token of a call does not advance
+    it and is overwritten by the next call; padding before a token keeps its slot, which stays empty.
     """
 
-    latent: Any  # not checked: a tree of shapes or of shardings has the same structure
+    latent: Any
     k_rope: Any
     index_k: Any
     segment_ids: Any
     length: Any
 
     @property
-    def arrays(self) -> Arrays:
-        return self.latent, self.k_rope, self.index_k
+    def keys(self) -> Keys:
+        """The keys of all layers."""
+        return Keys(self.latent, self.k_rope, self.index_k)
 
     @property
     def capacity(self) -> int:
+        """Slots per row."""
         return self.segment_ids.shape[1]
 
 
 @flax.struct.dataclass
 class Placement:
-    """Where T new tokens stand, each [B T] int32: their slots, the interval of keys that they may see, their
-    positions inside the document; and which are no padding (valid, bool).
+    """Where T new tokens are placed, each array [B T].
+
+    slots: the slot each token takes. key_start, key_stop: it sees the keys key_start .. key_stop - 1.
+    positions: its index inside its document. All are int32; valid: bool, False for padding.
     """
 
     slots: Any
@@ -57,7 +100,7 @@ class Placement:
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, n_layers: int | None = None) -> Cache:
-    """An empty cache for ``capacity`` tokens a row (``n_layers=1`` for the MTP layer's own).
+    """An empty cache for ``capacity`` tokens per row (``n_layers=1`` for the MTP layer's own).
 
     Raises:
       ValueError: capacity is not within 1 .. config.max_seq_len.
@@ -77,10 +120,10 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, n_layers: int | N
 
 
 def place(segment_ids: Int[Array, "B T"], cache: Cache | None) -> tuple[Placement, Cache | None]:
-    """Takes slots for T new tokens (0 = padding) and says what each may see.
+    """Assigns slots to T new tokens (id 0 = padding), and to each the interval of keys that it may see.
 
-    Without a cache the slots are 0 .. T-1. A run of equal non-zero ids is one document; with a cache a run
-    goes on across calls.
+    Without a cache the slots are 0 .. T-1. A run of equal non-zero ids is one document; with a cache the run
+    continues across calls. Returns the placement and the cache with the new ids and lengths.
     """
     B, T = segment_ids.shape
     valid = segment_ids != 0
@@ -103,13 +146,16 @@ def place(segment_ids: Int[Array, "B T"], cache: Cache | None) -> tuple[Placemen
     return placement, cache
 
 
-def store(
-    arrays: Arrays, layer: Int[Array, ""], slots: Int[Array, "B T"], new: Arrays
-) -> tuple[Arrays, Arrays]:
-    """Writes the new tokens of one layer; (all layers, this layer's keys [B S ...]). Slots past the end are dropped."""
+def store(cached: Keys, layer: Int[Array, ""], slots: Int[Array, "B T"], new: Keys) -> tuple[Keys, Keys]:
+    """Writes one layer's keys of T new tokens ([B T ...]); slots past the capacity are dropped.
+
+    Returns the keys of all layers, and those of this layer [B S ...].
+    """
     rows = jnp.arange(slots.shape[0])[:, None]
-    arrays = tuple(a.at[layer, rows, slots].set(x, mode="drop") for a, x in zip(arrays, new, strict=True))
-    return arrays, tuple(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in arrays)
+    cached = jax.tree.map(lambda old, x: old.at[layer, rows, slots].set(x, mode="drop"), cached, new)
+    return cached, jax.tree.map(
+        lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), cached
+    )
 
 
 def _run_starts(segment_ids: jax.Array) -> jax.Array:

@@ -1,11 +1,11 @@
-"""Multi-token prediction: one more layer that guesses the token after the next."""
+"""Multi-token prediction (MTP): one more layer, which predicts the token after the next."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dsa_jax.block import Block
-from dsa_jax.cache import Arrays, Placement
+from dsa_jax.cache import Keys, Placement
 from dsa_jax.config import ModelConfig
 from dsa_jax.linear import linear
 from dsa_jax.norm import rms_norm
@@ -14,10 +14,10 @@ from dsa_jax.sharding import gathered_matrix
 
 
 class Mtp(nn.Module):
-    """o_i = norm(Block(proj [embed_norm(Emb(t_{i+1})); hidden_norm(h_i)])), the embedding first.
+    """o_i = norm(Block(proj [embed_norm(Emb(t_{i+1})); hidden_norm(h_i)])): the embedding comes first.
 
-    The block is a full MoE layer with its own MLA and indexer. As in the released checkpoint it owns copies
-    of the embedding and the head, unless ``config.mtp_shared_embeddings``.
+    The block is a full MoE layer with its own MLA and indexer. Unless ``config.mtp_shared_embeddings``, the layer has
+    its own embedding and head, as in the released checkpoint.
 
     Source: DeepSeek-V3 report, section 2.2.
     """
@@ -41,12 +41,12 @@ class Mtp(nn.Module):
         self,
         hidden: jax.Array,
         embedded: jax.Array,
-        cached: Arrays | None,
+        cached: Keys | None,
         rotation: Rotation,
         placement: Placement,
         capture: tuple[str, ...] = (),
-    ) -> tuple[jax.Array, Arrays | None, dict[str, jax.Array]]:
-        """hidden, embedded [B T D] -> normalised output [B T D], cache arrays, aux of the layer."""
+    ) -> tuple[jax.Array, Keys | None, dict[str, jax.Array]]:
+        """hidden, embedded [B T D] -> (normalised output [B T D], the cache's keys, aux of the block)."""
         eps = self.config.norm_eps
         pair = [rms_norm(embedded, self.embed_norm, eps), rms_norm(hidden, self.hidden_norm, eps)]
         x = linear(jnp.concatenate(pair, axis=-1), gathered_matrix("mtp.proj", self.proj))

@@ -51,13 +51,14 @@ def join_queries(blocks: jax.Array, n_queries: int) -> jax.Array:
     return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :n_queries]
 
 
-def map_query_blocks(function: Callable[..., Any], block: int, *arrays: jax.Array) -> Any:
-    """``function(*arrays)``, where axis 1 of every argument and result is T, ``block`` queries at a time.
+def map_query_blocks(function: Callable[..., Any], block: int, *arrays: Any) -> Any:
+    """``function(*arrays)``, ``block`` queries at a time. Arguments and results are arrays [B T ...], or trees of them.
 
     One block is alive at a time, in the backward pass too if ``function`` is wrapped in jax.checkpoint.
     """
-    n_queries = arrays[0].shape[1]
+    n_queries = jax.tree.leaves(arrays)[0].shape[1]
     if n_queries <= block:
         return function(*arrays)
-    blocks = lax.map(lambda xs: function(*xs), tuple(split_queries(array, block) for array in arrays))
+    split = jax.tree.map(lambda array: split_queries(array, block), arrays)
+    blocks = lax.map(lambda xs: function(*xs), split)
     return jax.tree.map(lambda y: join_queries(y, n_queries), blocks)

@@ -1,4 +1,8 @@
-"""The losses of one batch: next token, MTP, expert balance, and the indexers' KL."""
+"""The losses of one batch: next token, MTP, expert balance, and the index loss (L_I).
+
+``cross_entropy`` and ``cross_entropy_per_token`` also serve training loops of your own: they take hidden states and the
+head, and never hold the logits of all tokens.
+"""
 
 import dataclasses
 from typing import Any
@@ -7,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dsa_jax.attention_form import for_training
 from dsa_jax.config import ModelConfig
-from dsa_jax.mla import for_training
-from dsa_jax.norm import rms_norm
 from dsa_jax.sharding import gathered_matrix, shard_map
 from dsa_jax.transformer import Transformer
 from pallas_kernels.arithmetic import einsum
@@ -23,24 +26,35 @@ Metrics = dict[str, jax.Array]
 def cross_entropy(
     hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"]
 ) -> Float[Array, ""]:
-    """Sum over the targets (-1 = none) of -log softmax(hidden head)[target], in nats."""
-    return predictions(hidden, head, targets)[0].sum()
+    """Sum over the targets of -log softmax(hidden head)[target], in nats, without the logits [B T V] in memory.
+
+    Divide by the number of targets for the mean. Differentiable in hidden and head, also on a mesh:
+
+    >>> _, _, aux = Transformer(for_training(config, T)).apply(params, tokens, return_logits=False)
+    >>> loss = cross_entropy(aux["final_hidden"], params["params"]["head"], targets) / (targets >= 0).sum()
+
+    Args:
+      hidden: the normalised output of the model, ``aux["final_hidden"]``.
+      head: ``params["params"]["head"]``.
+      targets: the token to predict at each position; -1 where there is none.
+    """
+    return cross_entropy_per_token(hidden, head, targets)[0].sum()
 
 
-def predictions(
+def cross_entropy_per_token(
     hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Of every target -log softmax(hidden head)[target] in nats, and whether no other word is likelier.
+    """-log softmax(hidden head)[target] in nats for each target, and whether no other token has a higher logit.
 
-    0 and False where there is none (-1). Blocked over tokens, in the backward pass too: logits of all tokens (63 GiB
-    for 128K tokens of V3.2's 129,280 words) never exist. On a mesh every device has its own tokens and
-    its own part of the words, and what a token's parts have to say to each other is three numbers each.
+    0 and False where there is no target (-1). Logits exist for one block of tokens at a time, in the backward pass
+    too: for 128K tokens and V3.2's vocabulary of 129,280, all logits would take 63 GiB. On a mesh each device
+    computes its own tokens over its own part of the vocabulary, and devices exchange three numbers per token.
     """
-    tokens, words = ("batch", "sequence"), ("vocab",)
+    per_token, vocab = ("batch", "sequence"), ("vocab",)
     of_parts = shard_map(
-        _blocks_of_words,
-        in_axes=((*tokens, None), (None, *words), words, tokens),
-        out_axes=(*tokens, *words),
+        _parts_of_softmax,
+        in_axes=((*per_token, None), (None, *vocab), vocab, per_token),
+        out_axes=(*per_token, *vocab),
     )
     head = gathered_matrix("head", head)
     lse, highest, chosen = of_parts(hidden, head, jnp.arange(head.shape[1], dtype=jnp.int32), targets)
@@ -49,15 +63,23 @@ def predictions(
     return nats, counted & (chosen >= highest.max(axis=-1))
 
 
-def _blocks_of_words(hidden, head, words, targets):
-    """Each [B T 1]: log-sum-exp and maximum of a token's logits over these words, and the target's logit or 0."""
+def _parts_of_softmax(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D part"],
+    tokens: Int[Array, " part"],
+    targets: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T 1"], Float[Array, "B T 1"], Float[Array, "B T 1"]]:
+    """Log-sum-exp and maximum of the logits over this part of the vocabulary, and the target's logit, 0 if elsewhere.
+
+    tokens: the ids of this part, ascending without gaps.
+    """
 
     @jax.checkpoint
-    def one_block(hidden, targets):
+    def one_block(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
         logits = einsum("BTD,DV->BTV", hidden, head.astype(hidden.dtype))
-        place = targets - words[0]
-        here = (targets >= 0) & (place >= 0) & (place < words.shape[0])
-        at = jnp.clip(place, 0, words.shape[0] - 1)[..., None]
+        column = targets - tokens[0]
+        here = (targets >= 0) & (column >= 0) & (column < tokens.shape[0])
+        at = jnp.clip(column, 0, tokens.shape[0] - 1)[..., None]
         chosen = jnp.where(here, jnp.take_along_axis(logits, at, axis=-1)[..., 0], 0.0)
         highest = jax.lax.stop_gradient(logits).max(axis=-1)
         return tuple(x[..., None] for x in (jax.nn.logsumexp(logits, axis=-1), highest, chosen))
@@ -67,73 +89,81 @@ def _blocks_of_words(hidden, head, words, targets):
 
 
 def switched(config: ModelConfig, stage: Stage) -> ModelConfig:
-    """The model as this stage runs it."""
+    """The model's config as this stage runs it: its attention, and whether it computes the index loss."""
     return dataclasses.replace(
         config, attention=stage.attention, index_loss=stage.trains in ("indexer", "both")
     )
 
 
 def loss_fn(params: Any, batch: Batch, config: ModelConfig, stage: Stage) -> tuple[Float[Array, ""], Metrics]:
-    """What the stage minimises, and its parts.
+    """The scalar that the stage minimises, and its parts.
 
-    batch: tokens, targets (the next token, -1 = no loss there) and segment_ids (0 = padding), all [B T] int32.
-    Means are over the targets (CE, MTP) or the valid tokens (L_I, then summed over layers).
+    batch: tokens, targets (the next token, -1 = none) and segment_ids (0 = padding), all [B T] int32.
+    Cross entropies are means over the targets. Index losses are means over the valid tokens, summed over the layers.
 
     Metrics: "ce" and "mtp" [nats per target], "balance", "index_kl" [layers, MTP's last; nats per token],
     "expert_load" [MoE layers, MTP's last; E] in tokens.
     """
     config = switched(config, stage)
-    if stage.trains != "indexer":
-        config = for_training(config, batch["tokens"].shape[1])
-    model = Transformer(config)
     tokens, targets, segment_ids = batch["tokens"], batch["targets"], batch["segment_ids"]
-    _, _, aux = model.apply(params, tokens, segment_ids=segment_ids)
-    tree = params["params"]
-    metrics: Metrics = {}
-    loads = [aux.get("expert_load", jnp.zeros((0, config.n_routed_experts), jnp.int32))]
-    balances = [aux.get("balance", jnp.zeros(0))]
-    index_losses = [aux["index_loss"] / _count(segment_ids != 0)] if config.index_loss else []
-
-    mtp_hidden = None
+    if stage.trains != "indexer":
+        config = for_training(config, tokens.shape[1])
+    model, tree = Transformer(config), params["params"]
+    _, _, main = model.apply(params, tokens, segment_ids=segment_ids, return_logits=False)
+    parts = [_per_layer(main, segment_ids, config)]
     if config.n_mtp_layers:
-        following = jnp.concatenate([tokens[:, 1:], jnp.maximum(targets[:, -1:], 0)], axis=1)
-        # A document's last token has no next one to read: for the MTP layer it is padding.
-        continues = segment_ids[:, 1:] == segment_ids[:, :-1]
-        continues = jnp.concatenate([continues, targets[:, -1:] >= 0], axis=1)
-        mtp_ids = jnp.where(continues, segment_ids, 0)
-        _, _, mtp = model.apply(params, aux["hidden"], following, segment_ids=mtp_ids, method="mtp_logits")
-        mtp_hidden = mtp["hidden"]
-        loads.append(mtp["expert_load"][None])
-        balances.append(mtp["balance"][None])
-        if config.index_loss:
-            index_losses.append(mtp["index_loss"][None] / _count(mtp_ids != 0))
+        next_tokens, mtp_ids = _mtp_inputs(batch)
+        _, _, mtp = model.apply(
+            params,
+            main["hidden"],
+            next_tokens,
+            segment_ids=mtp_ids,
+            method="mtp_logits",
+            return_logits=False,
+        )
+        parts.append(_per_layer(jax.tree.map(lambda x: x[None], mtp), mtp_ids, config))
+    layers = {name: jnp.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    metrics["expert_load"] = jnp.concatenate(loads)
+    metrics: Metrics = {"expert_load": layers["expert_load"]}
     total = jnp.float32(0.0)
     if stage.trains != "indexer":
-        metrics["ce"] = _mean(cross_entropy(final_hidden(aux, tree, config), tree["head"], targets), targets)
-        metrics["balance"] = jnp.concatenate(balances).sum()
+        metrics["ce"] = _mean(cross_entropy(main["final_hidden"], tree["head"], targets), targets)
+        metrics["balance"] = layers["balance"].sum()
         total += metrics["ce"] + stage.balance_weight * metrics["balance"]
-        if mtp_hidden is not None:
+        if config.n_mtp_layers:
             head = tree["head"] if config.mtp_shared_embeddings else tree["mtp"]["head"]
             later = after_next(targets, segment_ids)
-            metrics["mtp"] = _mean(cross_entropy(mtp_hidden, head, later), later)
+            metrics["mtp"] = _mean(cross_entropy(mtp["final_hidden"], head, later), later)
             total += stage.mtp_weight * metrics["mtp"]
     if config.index_loss:
-        metrics["index_kl"] = jnp.concatenate(index_losses)
+        metrics["index_kl"] = layers["index_loss"]
         total += metrics["index_kl"].sum()
     metrics["loss"] = total
     return total, metrics
 
 
-def final_hidden(aux: Any, tree: Any, config: ModelConfig) -> Float[Array, "B T D"]:
-    """What the head multiplies, from what ``Transformer`` returns beside its logits."""
-    hidden = aux["hidden"]
-    return rms_norm(hidden, tree["norm"], config.norm_eps) if config.mtp_hidden == "pre_norm" else hidden
+def _per_layer(aux: Metrics, segment_ids: jax.Array, config: ModelConfig) -> Metrics:
+    """From the model's aux, per layer: "expert_load" and "balance" of MoE layers, and the mean "index_loss"."""
+    found = {
+        "expert_load": aux.get("expert_load", jnp.zeros((0, config.n_routed_experts), jnp.int32)),
+        "balance": aux.get("balance", jnp.zeros(0)),
+    }
+    if config.index_loss:
+        found["index_loss"] = aux["index_loss"] / _count(segment_ids != 0)
+    return found
+
+
+def _mtp_inputs(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(next tokens, segment ids) for the MTP layer. The last token of a document has no next one: it is padding."""
+    tokens, targets, segment_ids = batch["tokens"], batch["targets"], batch["segment_ids"]
+    next_tokens = jnp.concatenate([tokens[:, 1:], jnp.maximum(targets[:, -1:], 0)], axis=1)
+    continues = segment_ids[:, 1:] == segment_ids[:, :-1]
+    continues = jnp.concatenate([continues, targets[:, -1:] >= 0], axis=1)
+    return next_tokens, jnp.where(continues, segment_ids, 0)
 
 
 def after_next(targets: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """MTP's targets: the token after the next, -1 where it belongs to another document or to none."""
+    """MTP's targets: the token after the next, -1 where the document has none."""
     same = segment_ids[:, 1:] == segment_ids[:, :-1]
     later = jnp.where(same, targets[:, 1:], -1)
     return jnp.pad(later, ((0, 0), (0, 1)), constant_values=-1)

@@ -30,7 +30,7 @@ def masked_mha(
     Dense attention when ``topk_indices`` is None. With indices it computes what ``sparse_mla`` computes
     on absorbed queries, by masking instead of gathering: 3.4 times fewer operations per key, but all
     keys are multiplied, so it pays for short sequences. The model selects between the two
-    (``dsa_jax.mla.prefers_mha``). Equivalent to:
+    (``dsa_jax.attention_form.prefers_mha``). Equivalent to:
 
         logits = (einsum("BTNP,BSNP->BTNS", q_nope, k_nope) + einsum("BTNR,BSR->BTNS", q_rope, k_rope)) * scale
         logits = where(seen[:, :, None, :], logits, -inf)

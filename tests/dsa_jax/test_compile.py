@@ -90,12 +90,10 @@ def attention_layer(config):
     def layer(parameters, x):
         placement, _ = place(jnp.ones(x.shape[:2], jnp.int32), None)
         rope = rotation(placement.positions, config)
-        q_compressed, keys = compress(x, rope, parameters, config)
-        return attend(x, q_compressed, keys, rope, placement, parameters, config)[0]
+        queries, keys = compress(x, rope, placement, parameters, config)
+        return attend(queries, keys, parameters, config)[0]
 
-    declare = lambda: Mla(config).init(jax.random.key(0))["params"]  # noqa: E731
-    parameters = jax.eval_shape(lambda: Mla(config).apply({"params": declare()}))
-    return layer, parameters
+    return layer, jax.eval_shape(Mla(config).init, jax.random.key(0))["params"]
 
 
 def test_sparse_attention_of_32768_tokens_stays_below_4_gib():

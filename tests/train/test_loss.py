@@ -17,7 +17,7 @@ from dsa_jax.transformer import Transformer
 from pallas_kernels import blocking
 from tests.train.small import CONFIG, T, batch_of, initial
 from train.config import sparse
-from train.loss import after_next, cross_entropy, loss_fn, predictions
+from train.loss import after_next, cross_entropy, cross_entropy_per_token, loss_fn
 
 STAGE = sparse(1, lr=1e-3, index_lr=1e-3, mtp_weight=0.3, balance_weight=0.01)
 
@@ -63,7 +63,7 @@ def test_on_a_mesh_every_device_blocks_its_own_tokens_and_words(monkeypatch, axe
     with jax.set_mesh(mesh):
         compiled = jax.jit(jax.value_and_grad(cross_entropy, (0, 1))).lower(*arrays).compile()
         got = compiled(*arrays)
-        np.testing.assert_array_equal(jax.jit(predictions)(*arrays)[1], right)
+        np.testing.assert_array_equal(jax.jit(cross_entropy_per_token)(*arrays)[1], right)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, want
     )

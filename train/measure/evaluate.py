@@ -17,20 +17,19 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
-from dsa_jax.cache import Placement, place
+from dsa_jax.cache import Keys, Placement, Queries, place
 from dsa_jax.config import ModelConfig
 from dsa_jax.indexer import index_queries
-from dsa_jax.linear import linear
-from dsa_jax.mla import Mla, compress, expand, queries
+from dsa_jax.mla import PER_KEY, compress, expand, query_heads
 from dsa_jax.norm import rms_norm
 from dsa_jax.rope import Rotation, rotation
-from dsa_jax.sharding import constrain, lookup, shard_map
+from dsa_jax.sharding import constrain, shard_map
 from dsa_jax.transformer import Transformer
 from pallas_kernels.arithmetic import einsum, exponentials
 from pallas_kernels.blocking import block_size, map_query_blocks
 from pallas_kernels.keys import visible
 from train.data.synthetic import Needles
-from train.loss import final_hidden, predictions
+from train.loss import cross_entropy_per_token
 
 Batch = Mapping[str, Any]
 Parameters = Mapping[str, Any]
@@ -76,9 +75,8 @@ def cross_entropy(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _score_sums(params, config, tokens, targets, segment_ids):
-    _, _, aux = Transformer(config).apply(params, tokens, segment_ids=segment_ids)
-    tree = params["params"]
-    nats, right = predictions(final_hidden(aux, tree, config), tree["head"], targets)
+    _, _, aux = Transformer(config).apply(params, tokens, segment_ids=segment_ids, return_logits=False)
+    nats, right = cross_entropy_per_token(aux["final_hidden"], params["params"]["head"], targets)
     return nats.sum(), right.sum(), (targets >= 0).sum()
 
 
@@ -159,39 +157,30 @@ def indexer_quality(params: Parameters, config: ModelConfig, batch: Batch) -> li
 
 @functools.partial(jax.jit, static_argnames="config")
 def _quality(params, config, tokens, segment_ids):
-    """Name -> mean per layer [L], the MTP layer behind the others; "queries" is a number of queries."""
+    """Name -> mean per layer [L], the MTP layer last; "queries" is the number of queries counted."""
     placement, _ = place(segment_ids, None)
     rope = rotation(placement.positions, config)
-    tree, model = params["params"], Transformer(config)
-    _, _, aux = model.apply(params, tokens, segment_ids=segment_ids, capture=("out",))
+    tree, run = params["params"], functools.partial(Transformer(config).apply, params, return_logits=False)
+    _, _, main = run(tokens, segment_ids=segment_ids, capture=("input",))
 
     stacks = [tree[name] for name in ("dense_layers", "moe_layers") if name in tree]
     layers = [{name: stack[name] for name in ("attn", "attn_norm")} for stack in stacks]
-    embedded = lookup(tree["embed"], tokens, config.dtype)
-    inputs = jnp.concatenate([embedded[None], aux["out"][:-1]])
 
-    def one_layer(layer):
+    def one_layer(layer: tuple[jax.Array, Parameters]) -> dict[str, jax.Array]:
         x, parameters = layer
         return _layer_quality(x, rope, placement, placement.valid, parameters, config)
 
-    means = jax.lax.map(one_layer, (inputs, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *layers)))
+    stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *layers)
+    means = jax.lax.map(one_layer, (main["input"], stacked))
     if not config.n_mtp_layers:
         return {name: constrain(mean, None) for name, mean in means.items()}
-    x, has_next = _mtp_input(tree, config, aux["hidden"], tokens, segment_ids)
-    mtp = _layer_quality(x, rope, placement, has_next, tree["mtp"]["layer"], config)
-    return {name: constrain(jnp.append(means[name], mtp[name]), None) for name in means}
-
-
-def _mtp_input(tree, config, hidden, tokens, segment_ids):
-    """What the MTP layer's block reads [B T D] (see ``dsa_jax.mtp``), and where a next token exists [B T]."""
-    mtp = tree["mtp"]
     next_tokens, next_ids = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, segment_ids))
-    owner = tree if config.mtp_shared_embeddings else mtp
-    embedded = lookup(owner["embed"], next_tokens, config.dtype)
-    embedded = rms_norm(embedded, mtp["embed_norm"], config.norm_eps)
-    hidden = rms_norm(hidden, mtp["hidden_norm"], config.norm_eps)
-    x = linear(jnp.concatenate([embedded, hidden], axis=-1), mtp["proj"])
-    return x, (next_ids == segment_ids) & (segment_ids != 0)
+    has_next = (next_ids == segment_ids) & placement.valid
+    _, _, mtp = run(
+        main["hidden"], next_tokens, segment_ids=segment_ids, capture=("input",), method="mtp_logits"
+    )
+    last = _layer_quality(mtp["input"], rope, placement, has_next, tree["mtp"]["layer"], config)
+    return {name: constrain(jnp.append(means[name], last[name]), None) for name in means}
 
 
 def _layer_quality(
@@ -202,38 +191,37 @@ def _layer_quality(
     parameters: Parameters,
     config: ModelConfig,
 ) -> dict[str, jax.Array]:
-    """The means of one layer with input x; ``parameters`` holds attn and attn_norm."""
-    attn = Mla(config).apply({"params": parameters["attn"]})  # by the names that its functions read
+    """The means of one layer with input x, over its ``counted`` queries; ``parameters`` holds attn and attn_norm."""
+    attn = parameters["attn"]
     h = rms_norm(x, parameters["attn_norm"], config.norm_eps)
-    q_compressed, keys = compress(h, rope, attn, config)
-    per_query, per_key = ("batch", "queries", None), ("batch", None, None)
+    queries, keys = compress(h, rope, placement, attn, config)
     of_queries = shard_map(
         functools.partial(_of_queries, config=config),
-        in_axes=(per_query, per_query, per_query, per_query[:2], per_key, ()),
-        out_axes=per_query[:2],
+        in_axes=(Queries.axes("queries"), PER_KEY, ()),
+        out_axes=("batch", "queries"),
     )
-    bounds = placement.key_start, placement.key_stop
-    return _means(of_queries(h, q_compressed, rope, bounds, keys, attn), placement, counted, config)
+    return _means(of_queries(queries, keys, attn), placement, counted, config)
 
 
-def _of_queries(h, q_compressed, rope, bounds, keys, attn, config):
-    """Of every query [B T] what it makes of all keys of its row, dense and through the indexer."""
-    latent, k_rope, index_k = keys
-    K, S = config.index_topk, latent.shape[1]
-    k_nope, _ = expand(latent, attn, config)
+def _of_queries(queries: Queries, keys: Keys, attn: Parameters, config: ModelConfig) -> dict[str, jax.Array]:
+    """Numbers per query [B T] from the dense attention and the index scores over all keys of its row."""
+    K, S = config.index_topk, keys.latent.shape[1]
+    k_nope, _ = expand(keys.latent, attn, config)
 
-    def one_block(h, q_compressed, cos, sin, key_start, key_stop):
-        q_nope, q_rope = queries(q_compressed, (cos, sin), attn, config)
-        logits = einsum("BTNP,BSNP->BTNS", q_nope, k_nope) + einsum("BTNR,BSR->BTNS", q_rope, k_rope)
+    def one_block(queries: Queries) -> dict[str, jax.Array]:
+        key_start, key_stop = queries.key_start, queries.key_stop
+        q_nope, q_rope = query_heads(queries, attn, config)
+        logits = einsum("BTNP,BSNP->BTNS", q_nope, k_nope) + einsum("BTNR,BSR->BTNS", q_rope, keys.k_rope)
         seen = visible(key_start, key_stop, S)
         e, total, _ = exponentials(jnp.where(seen[:, :, None], logits * config.softmax_scale, -jnp.inf))
         p = (e / total).mean(axis=2)
 
-        q, weights = index_queries(h, q_compressed, (cos, sin), attn["indexer"], config)
-        bounds, implementation = (key_start, key_stop), config.implementation
-        scores = kernels.index_scores(q, index_k, weights, *bounds, implementation=implementation)
+        q, weights = index_queries(queries, attn["indexer"], config)
+        scores = kernels.index_scores(
+            q, keys.index_k, weights, key_start, key_stop, implementation=config.implementation
+        )
         chosen = kernels.select_topk(
-            scores, K, key_start=key_start, key_stop=key_stop, implementation=implementation
+            scores, K, key_start=key_start, key_stop=key_stop, implementation=config.implementation
         )
         _, _, lse = exponentials(scores)
         log_q = jnp.where(seen, scores - lse[..., None], 0.0)
@@ -250,10 +238,9 @@ def _of_queries(h, q_compressed, rope, bounds, keys, attn, config):
             "overlap": jnp.take_along_axis(_listed(chosen, S), oracle, axis=-1).sum(axis=-1) / K,
         }
 
-    B, T = h.shape[:2]
+    B, T = queries.key_start.shape
     numbers = 3 * config.n_heads + config.index_n_heads + 8  # logits, exp, p of the heads; dots; what follows
-    block = block_size(T, 4 * B * S * numbers)
-    return map_query_blocks(one_block, block, h, q_compressed, *rope, *bounds)
+    return map_query_blocks(one_block, block_size(T, 4 * B * S * numbers), queries)
 
 
 def _means(

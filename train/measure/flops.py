@@ -15,14 +15,14 @@ pass. With the letters of ``dsa_jax.config``, per token and layer:
     index_kl      the target, 2 N (P+R) a visible pair or 2 N (C+R) a selected one, and the index dots, 2 I J
 
 and per token once: head 2 D V; mtp 4 D D, one MoE layer and its head. Which form attention takes is the model's
-choice (``dsa_jax.mla.prefers_mha``), so sparse attention over short rows costs what dense attention costs, and the
+choice (``attention_form.prefers_mha``), so sparse attention over short rows costs what dense attention costs, and the
 indexer besides.
 """
 
 from typing import Literal
 
+from dsa_jax.attention_form import for_training, prefers_mha
 from dsa_jax.config import ModelConfig
-from dsa_jax.mla import for_training, prefers_mha
 
 Flops = dict[str, float]  # part -> operations per token; the sum of the values is the total
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dsa_jax import mla
-from dsa_jax.cache import Placement
+from dsa_jax.cache import Keys, Queries
 from dsa_jax.config import tiny
-from dsa_jax.indexer import Indexer, index_keys
+from dsa_jax.indexer import Indexer, index_keys, select
 from dsa_jax.rope import rotation
 from dsa_jax.sharding import make_mesh, query_axes, shard_map
 from dsa_jax.sharding.zigzag import swap_halves
@@ -58,10 +58,10 @@ def problem(config):
         S = T + CACHED
         rope = rotation(jnp.broadcast_to(jnp.arange(S), (B, S)), config)
         indexer = Indexer(config).init(jax.random.key(0))["params"]
-        indexer = {**indexer, **{f"k_norm_{name}": x for name, x in indexer["k_norm"].items()}}
         keys = index_keys(normal(1, S, config.d_model), rope, indexer, config)
-        x, q_compressed = normal(2, T, config.d_model), normal(3, T, config.q_lora_rank)
-        return x, q_compressed, jax.tree.map(lambda x: x[:, :T], rope), bounds(), keys, indexer
+        hidden, q_compressed = normal(2, T, config.d_model), normal(3, T, config.q_lora_rank)
+        queries = Queries(hidden, q_compressed, jax.tree.map(lambda x: x[:, :T], rope), *bounds())
+        return queries, keys, indexer
 
     return draw()
 
@@ -69,8 +69,8 @@ def problem(config):
 def selection(config, n_queries=T, **switches):
     """``select`` on the mesh in use, as ``attend`` calls it."""
     return shard_map(
-        functools.partial(mla.select, config=config, split_over=query_axes(n_queries), **switches),
-        in_axes=(PER_QUERY, PER_QUERY, PER_QUERY, PER_QUERY[:2], ("batch", None, None), ()),
+        functools.partial(select, config=config, split_over=query_axes(n_queries), **switches),
+        in_axes=(Queries.axes("queries"), ("batch", None, None), ()),
         out_axes=(PER_QUERY, PER_QUERY),
     )
 
@@ -83,7 +83,7 @@ def traced(function, *arguments):
 
 @functools.cache
 def chosen_alone(config):
-    return np.asarray(jax.jit(functools.partial(mla.select, config=config))(*problem(config))[0])
+    return np.asarray(jax.jit(functools.partial(select, config=config))(*problem(config))[0])
 
 
 @pytest.mark.parametrize("mesh", [*MESHES, {"context": 4, "in_fp8": True}], ids=str)
@@ -126,14 +126,14 @@ def test_with_an_odd_number_of_devices_the_middle_one_keeps_its_queries():
         np.testing.assert_array_equal(swapped(swapped(x)), x)
 
 
-def test_nothing_is_exchanged_where_it_is_impossible_or_does_not_pay():
-    x, q_compressed, rope, limits, keys, indexer = problem(CONFIG)
+def test_nothing_is_exchanged_where_it_cannot_be_or_does_not_pay():
+    queries, keys, indexer = problem(CONFIG)
 
     def exchanged(mesh, n, **switches):
-        few = jax.tree.map(lambda x: x[:, :n], (x, q_compressed, rope, limits))
+        few = jax.tree.map(lambda x: x[:, :n], queries)
         with jax.set_mesh(make_mesh(**mesh)):
             function = selection(CONFIG, n, **switches)
-            return str(jax.make_jaxpr(function)(*few, keys, indexer)).count("ppermute")
+            return str(jax.make_jaxpr(function)(few, keys, indexer)).count("ppermute")
 
     assert exchanged({"context": 8}, 48, balance=True) == 5
     assert exchanged({"context": 8}, 40, balance=True) == 0  # 5 queries per device
@@ -157,24 +157,24 @@ def test_balancing_pays_where_a_kernel_scores(monkeypatch):
 def test_attention_is_the_same_and_no_gradient_is_exchanged(monkeypatch):
     """As the model calls it, with the gradients of everything that only the selection depends on."""
     config = dataclasses.replace(CONFIG, attention_form="mha", n_heads=2, query_block=T)
-    x, q_compressed, rope, (start, stop), index_k, indexer = problem(config)
+    queries, index_k, indexer = problem(config)
     heads = jax.jit(mla.Mla(config).init)(jax.random.key(4))["params"]
     latent, k_rope = (
         jnp.asarray(np.random.default_rng(5).normal(size=(B, T + CACHED, n)), jnp.float32)
         for n in (config.kv_lora_rank, config.qk_rope_head_dim)
     )
-    placement = Placement(slots=None, key_start=start, key_stop=stop, positions=None, valid=None)
 
-    def loss(x, index_k, indexer):
-        keys, parameters = (latent, k_rope, index_k), heads | {"indexer": indexer}
-        out, aux = mla.attend(x, q_compressed, keys, rope, placement, parameters, config, ("topk_indices",))
+    def loss(hidden, index_k, indexer):
+        given = dataclasses.replace(queries, hidden=hidden)
+        keys, parameters = Keys(latent, k_rope, index_k), heads | {"indexer": indexer}
+        out, aux = mla.attend(given, keys, parameters, config, ("topk_indices",))
         return (out**2).sum(), (out, aux["topk_indices"])
 
     gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
     with jax.set_mesh(make_mesh(context=4)):
-        n_plain, (plain, _) = traced(gradient, x, index_k, indexer)
+        n_plain, (plain, _) = traced(gradient, queries.hidden, index_k, indexer)
         monkeypatch.setattr("pallas_kernels.index_scores_has_kernel", lambda *_: True)
-        n_even, (even, gradients) = traced(gradient, x, index_k, indexer)
+        n_even, (even, gradients) = traced(gradient, queries.hidden, index_k, indexer)
     assert (n_even, n_plain) == (5, 0)
     jax.tree.map(np.testing.assert_array_equal, even, plain)
     assert not any(np.any(d) for d in jax.tree.leaves(gradients))

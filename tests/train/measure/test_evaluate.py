@@ -12,7 +12,7 @@ import pallas_kernels as kernels
 from dsa_jax.cache import place
 from dsa_jax.config import tiny
 from dsa_jax.indexer import index_queries
-from dsa_jax.mla import Mla, compress, expand, queries
+from dsa_jax.mla import compress, expand, query_heads
 from dsa_jax.norm import rms_norm
 from dsa_jax.rope import rotation
 from dsa_jax.transformer import Transformer
@@ -67,12 +67,12 @@ def projected(x, parameters, ids):
     """What one layer's attention and indexer multiply, and the keys that each query may see."""
     placement, _ = place(ids, None)
     rope = rotation(placement.positions, CONFIG)
-    attn = Mla(CONFIG).apply({"params": parameters["attn"]})
+    attn = parameters["attn"]
     h = rms_norm(x, parameters["attn_norm"], CONFIG.norm_eps)
-    q_compressed, (latent, k_rope, index_k) = compress(h, rope, attn, CONFIG)
-    attention = (*queries(q_compressed, rope, attn, CONFIG), expand(latent, attn, CONFIG)[0], k_rope)
-    q, weights = index_queries(h, q_compressed, rope, attn["indexer"], CONFIG)
-    return attention, (q, index_k, weights, placement.key_start, placement.key_stop)
+    queries, keys = compress(h, rope, placement, attn, CONFIG)
+    attention = (*query_heads(queries, attn, CONFIG), expand(keys.latent, attn, CONFIG)[0], keys.k_rope)
+    q, weights = index_queries(queries, attn["indexer"], CONFIG)
+    return attention, (q, keys.index_k, weights, placement.key_start, placement.key_stop)
 
 
 @functools.cache
