@@ -5,9 +5,9 @@
     python3 tests/environments.py --slow        the tests marked slow too
     python3 tests/environments.py --lint        ruff and mypy alone
 
-`ENVIRONMENTS` says what they are. Where one is left out, the one that stands in for it runs all tests, and a line
-says so. Every environment runs before the exit status tells whether one failed. Imports the standard library alone,
-because nothing is installed yet.
+`ENVIRONMENTS` says what they are. One line names those that are left out for want of a Python; where py312 is, py311
+runs all tests. Every environment runs before the exit status tells whether one failed. Imports the standard library
+alone, because nothing is installed yet.
 """
 
 from __future__ import annotations  # so that an older python3 can look for a newer one
@@ -29,7 +29,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 # Fails where `python -m venv` would: Debian's python3 lacks ensurepip until python3-venv is installed.
-PROBE = "import ensurepip, sys; print(*sys.version_info[:2])"
+PROBE = "import ensurepip, sys; print(*sys.version_info[:2], sys.executable)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +106,8 @@ def interpreters() -> dict[tuple[int, int], str]:
         # pyenv's shims exist for versions that are not switched on, and fail when they are run.
         probe = subprocess.run([path, "-c", PROBE], capture_output=True, text=True)
         if probe.returncode == 0:
-            major, minor = map(int, probe.stdout.split())
-            usable.setdefault((major, minor), path)
+            major, minor, executable = probe.stdout.strip().split(" ", 2)
+            usable.setdefault((int(major), int(minor)), executable)
     return usable
 
 
@@ -149,9 +149,9 @@ def run(environment: Environment, python: Path, everything: bool, slow: bool) ->
         command += [*(["-m", markers] if markers else []), *(("tests",) if everything else environment.paths)]
         code = subprocess.run(command, cwd=ROOT).returncode
         suite = ElementTree.parse(results).getroot().find("testsuite") if results.exists() else None
-    count = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    if suite is not None:
-        count = {name: int(suite.attrib[name]) for name in count}
+    if suite is None:
+        return False, f"{environment.name}: pytest ended with exit status {code} and without results"
+    count = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
     passed = count["tests"] - failed - count["skipped"]
     return code == 0, f"{environment.name}: {passed} passed, {failed} failed, {count['skipped']} skipped"
@@ -176,9 +176,11 @@ def main() -> int:
     chosen = [environment for environment in ENVIRONMENTS if environment.name in (asked.names or names)]
     pythons = {environment.name: python_for(environment, usable) for environment in ENVIRONMENTS}
     ready = [environment for environment in chosen if pythons[environment.name]]
+    stand_ins = {e.name for e in ready if e.without and not pythons[e.without]}
     if left_out := [environment for environment in chosen if environment not in ready]:
-        reasons = [f"{e.name} ({e.purpose}): no Python {e.pythons} with ensurepip found" for e in left_out]
-        print("left out:", "; ".join(reasons), flush=True)
+        parts = [f"{e.name} ({e.purpose}), no Python {e.pythons} with ensurepip found" for e in left_out]
+        parts += [f"{name} runs all tests instead" for name in sorted(stand_ins)]
+        print("left out:", "; ".join(parts), flush=True)
     if not ready:
         return 1
 
@@ -191,8 +193,7 @@ def main() -> int:
             failed.append("lint")
         if asked.lint:
             break
-        everything = environment.without in names and not pythons[environment.without]
-        passed, line = run(environment, python, everything, asked.slow)
+        passed, line = run(environment, python, environment.name in stand_ins, asked.slow)
         failed += [] if passed else [environment.name]
         minutes = [f"{seconds / 60:.1f}" for seconds in (time.monotonic() - began, cpu_seconds() - cpu)]
         summary += [line, f"{environment.name} took {minutes[0]} minutes, {minutes[1]} minutes of CPU time"]
