@@ -2,7 +2,7 @@
 `verify` turn checkpoints from one layout into another and check them. `aot` (train.aot, found by its entry point)
 says ahead of time whether a run fits.
 
-Exit codes: 0 done; 1 a difference beyond the tolerance, or a fault found; 2 bad input, said in one line on standard
+Exit codes: 0 done; 1 a difference beyond the tolerance, or a fault found; 2 bad input, reported in one line on standard
 error (`--traceback` or DSA_JAX_TRACEBACK=1 shows where it arose).
 """
 
