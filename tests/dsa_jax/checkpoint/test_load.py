@@ -27,10 +27,6 @@ from tests.vectors.weights import make_tokens
 ROOT = Path(__file__).resolve().parents[3]
 MESHES = [{}, {"tensor": 4}, {"expert": 2, "context": 2, "tensor": 2}, {"expert": 8}]
 
-eight_devices = pytest.mark.skipif(
-    jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)"
-)
-
 
 @pytest.fixture(scope="module")
 def folders(release, tmp_path_factory) -> dict[str, Path]:
@@ -62,7 +58,7 @@ def assert_sharded_as_param_shardings_says(params: Any, config: Any, mesh: Mesh)
     assert jax.tree.all(jax.tree.map(lambda leaf, where: leaf.sharding == where, params, shardings))
 
 
-@eight_devices
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", ["hf", "orbax fp8", "orbax bf16"])
 @pytest.mark.parametrize("keep_fp8", [False, True])
 def test_sharded_equals_unsharded(folders, kind, keep_fp8) -> None:
@@ -79,7 +75,7 @@ def test_sharded_equals_unsharded(folders, kind, keep_fp8) -> None:
             assert per_device * 8 < 1.1 * sum(leaf.size for leaf in leaves)
 
 
-@eight_devices
+@pytest.mark.devices(8)
 def test_arrays_are_placed_by_the_rules_in_use(folders) -> None:
     config, mesh = tiny(), make_mesh(tensor=2)
     with use_rules(dataclasses.replace(RULES, fsdp=("context", "data"), fsdp_of_experts=())):
@@ -88,7 +84,7 @@ def test_arrays_are_placed_by_the_rules_in_use(folders) -> None:
     assert params["params"]["embed"].sharding.spec == PartitionSpec(None, ("context", "data"))
 
 
-@eight_devices
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("axes", [{"expert": 2, "tensor": 2}, {"context": 4}], ids=str)
 def test_a_jitted_forward_pass_takes_loaded_parameters_as_they_are(axes, capfd) -> None:
     """jit refuses arrays whose sharding is another than its in_shardings, and XLA reports costly reshards."""
@@ -114,7 +110,7 @@ def test_a_mesh_with_other_axes_is_refused(folders, other_mesh) -> None:
         load_params(folders["hf"], tiny(), other_mesh)
 
 
-@eight_devices
+@pytest.mark.devices(8)
 def test_a_mesh_that_does_not_divide_the_model_is_refused_before_anything_is_read(tmp_path) -> None:
     with pytest.raises(ValueError, match="n_heads must be a multiple of the mesh's tensor=8, got 4"):
         load_params(tmp_path / "absent", tiny(), make_mesh(tensor=8))
@@ -160,7 +156,7 @@ def test_shardings_may_be_a_tree_of_the_parameters(release, other_mesh) -> None:
         load_params(release, config, other_mesh, shardings=tree)
 
 
-@eight_devices
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("keep_fp8", [False, True])
 @pytest.mark.parametrize("kind", ["hf", "orbax fp8"])
 def test_every_byte_is_read_once(folders, kind, keep_fp8) -> None:
