@@ -11,7 +11,7 @@ import functools
 import operator
 import sys
 from collections.abc import Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 from dsa_jax.commands.errors import run_command
@@ -57,7 +57,8 @@ class _Plugin:
     """An entry of `dsa-jax --help`; the command itself is run by `_run_plugin`."""
 
 
-def _installed() -> dict[str, EntryPoint]:
+def _installed() -> dict[str, Any]:
+    """Name -> entry point of every installed plugin."""
     return {point.name: point for point in entry_points(group="dsa_jax.commands")}
 
 
