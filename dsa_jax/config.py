@@ -1,4 +1,4 @@
-"""Architecture and switches of a DeepSeek-V3.2 style model (MLA + DSA indexer + MoE + one MTP layer).
+"""Architecture and run options of a DeepSeek-V3.2 style model (MLA + DSA indexer + MoE + one MTP layer).
 
 Dimension key, used in every einsum string, shape annotation and docstring of this package:
 
@@ -20,7 +20,7 @@ _MAY_BE_ZERO = ("n_dense_layers", "n_mtp_layers", "mscale_all_dim")
 
 
 def _check_values(config: YarnConfig | Fp8Config | ModelConfig) -> None:
-    """Refuses values outside their field's type: sizes are positive integers, Literals are the options."""
+    """Raises ValueError on a value that does not fit its field: sizes are positive, Literals list the options."""
     for name, hint in get_type_hints(type(config)).items():
         value, owner = getattr(config, name), type(config).__name__
         if get_origin(hint) is Literal and value not in get_args(hint):
@@ -41,10 +41,11 @@ def _check_values(config: YarnConfig | Fp8Config | ModelConfig) -> None:
 class YarnConfig:
     """YaRN context extension (arXiv 2309.00071) as DeepSeek uses it.
 
-    factor: by how much the context is stretched; original_seq_len: context before stretching, in tokens.
-    beta_fast, beta_slow: rotations over original_seq_len between which the frequencies are blended.
-    mscale, mscale_all_dim: attention temperature; mscale_all_dim == 0 leaves the softmax scale alone.
-    Raises ValueError on a value that contradicts another.
+    factor: the extended context over the original one. original_seq_len: the original context, in tokens.
+    beta_fast, beta_slow: a pair that makes more rotations than beta_fast in original_seq_len keeps its frequency,
+    one that makes fewer than beta_slow has it divided by factor; frequencies in between are interpolated.
+    mscale, mscale_all_dim: attention temperature; with mscale_all_dim == 0 the softmax scale is unchanged.
+    Raises ValueError when two values contradict each other.
     """
 
     factor: float
@@ -70,7 +71,7 @@ class YarnConfig:
 class Fp8Config:
     """How stored weights are quantised: float8_e4m3fn with one float32 scale per block.
 
-    block: (out, in) size of a block of the [out, in] matrix; only (128, 128) exists.
+    block: the (out, in) size of the blocks of an [out, in] matrix; only (128, 128) is supported.
     scale_fmt: "ue8m0" rounds every scale up to a power of two (V3.2), None keeps amax / 448 (V3).
     """
 
@@ -85,14 +86,21 @@ class Fp8Config:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One model: what it is (architecture) and how it is run (switches). Sizes count elements.
+    """One model: its architecture, then from ``attention`` on how it runs. Sizes count elements.
 
-    max_seq_len is in tokens; eps values are added to a variance: norm_eps in the RMSNorms of the residual
-    stream, latent_norm_eps in q_norm and kv_norm, index_norm_eps in the indexer's LayerNorm. mtp_hidden: the
-    MTP layer reads the trunk after or before its final norm; mtp_shared_embeddings: it reuses embed and head
-    (False: it owns copies, as in the released checkpoint). fp8 describes stored weights, not arithmetic.
-    attention "window" reads the most recent index_topk keys: the control for what the indexer chooses.
-    index_loss: the model also returns the indexer's KL to its attention, dense or sparse as that is.
+    max_seq_len: in tokens.
+    norm_eps, latent_norm_eps, index_norm_eps: added to the variance in the RMSNorms of the residual stream, in q_norm
+      and kv_norm, and in the indexer's LayerNorm.
+    mtp_hidden: whether the MTP layer reads the hidden state after or before the final norm.
+    mtp_shared_embeddings: whether it uses the model's embedding and head; the released checkpoint has its own.
+    fp8: how stored weights are quantised; it does not change the arithmetic.
+    attention: "window" reads the most recent index_topk keys, as a control for the indexer's selection.
+    attention_form: expanded or absorbed heads; "auto" picks the faster one (``attention_form.prefers_mha``).
+    index_fp8, kv_fp8: round index queries and keys, or latents, to FP8 as the released inference code does.
+    index_loss: the model also returns the index loss (L_I), of its dense or its sparse attention.
+    implementation: of the kernels; None picks the best available (``pallas_kernels.dispatch``).
+    query_block: queries per block of selection, absorbed attention and index loss; it bounds memory.
+    remat: "layer" recomputes each layer in the backward pass.
     Raises ValueError when two values contradict each other.
     """
 
@@ -155,15 +163,17 @@ class ModelConfig:
             raise ValueError(f"n_mtp_layers must be 0 or 1, got {self.n_mtp_layers}")
         self._check_experts()
         if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim must be even (RoPE turns pairs), got {self.qk_rope_head_dim}")
+            raise ValueError(
+                f"qk_rope_head_dim must be even (RoPE rotates pairs), got {self.qk_rope_head_dim}"
+            )
         if self.qk_rope_head_dim > self.index_head_dim:
             raise ValueError(
-                f"index_head_dim must hold the rotated part, got index_head_dim={self.index_head_dim} < "
+                f"index_head_dim must not be below qk_rope_head_dim, got index_head_dim={self.index_head_dim} < "
                 f"qk_rope_head_dim={self.qk_rope_head_dim}"
             )
         if self.index_fp8 and self.index_head_dim & (self.index_head_dim - 1):
             raise ValueError(
-                f"index_fp8=True needs a power of two (Hadamard) as index_head_dim, got {self.index_head_dim}"
+                f"index_fp8=True needs index_head_dim to be a power of two (Hadamard), got {self.index_head_dim}"
             )
         if self.kv_fp8 and self.kv_lora_rank % 128:
             raise ValueError(
@@ -215,7 +225,7 @@ class ModelConfig:
         return scale * (0.1 * self.yarn.mscale_all_dim * math.log(self.yarn.factor) + 1.0) ** 2
 
     def param_count(self) -> int:
-        """Elements of the parameter tree, the MTP layer and the router bias included, FP8 scales excluded."""
+        """Elements of the parameter tree, with the MTP layer and the router bias, without FP8 scales."""
         width, heads, vocab = self.d_model, self.n_heads, self.vocab_size * self.d_model
         indexer = self.index_n_heads * self.index_head_dim * self.q_lora_rank
         indexer += width * (self.index_head_dim + self.index_n_heads) + 2 * self.index_head_dim
@@ -258,7 +268,7 @@ def glm5(**changes: Any) -> ModelConfig:
 
 
 def tiny(**changes: Any) -> ModelConfig:
-    """V3.2 in small: 4 layers of width 256, every part present, sparse from the 17th token on."""
+    """A small V3.2 with all its parts: 4 layers of width 256, sparse from the 17th token on."""
     sizes = dict(
         vocab_size=512, d_model=256, n_layers=4, n_dense_layers=1, n_heads=4, d_ff=512, d_expert=128,
         q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=32,

@@ -1,4 +1,4 @@
-"""Text generation: chunked prefill, then one token a step, through the same model function."""
+"""Text generation: chunked prefill, then one token per step, through the same model function."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,17 @@ from dsa_jax.cache import Cache, init_cache
 from dsa_jax.config import ModelConfig
 from dsa_jax.transformer import Transformer
 
-CAPACITY_STEP = 64  # cache sizes are rounded up to this, so that nearby lengths share one compilation
+CAPACITY_STEP = (
+    64  # capacities are multiples of this, so that prompts of similar lengths share one compilation
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn. temperature 0 is greedy, top_k 0 and top_p 1 keep every token."""
+    """How the next token is drawn. temperature 0 is greedy; top_k 0 and top_p 1 keep every token.
+
+    Raises ValueError on values out of range.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -45,7 +50,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     prefill_chunk: int = 1024,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, the stop token included if one came. See ``stream``."""
+    """The new tokens of each prompt, up to and including a stop token. Arguments and errors as for ``stream``."""
     new: list[list[int]] = [[] for _ in prompts]
     for tokens in stream(
         params,
@@ -72,20 +77,20 @@ def stream(
     stop_tokens: Sequence[int] = (),
     prefill_chunk: int = 1024,
 ) -> Iterator[list[int | None]]:
-    """Yields, step by step, the next token of each row; None for a row that has finished.
+    """Yields the next token of each row per step; None for a row that has finished.
 
-    Prompts may differ in length; each row gives what it would give alone. Rows of one batch draw from
-    their own random keys, so a row's sample depends on the seed and its row number only.
+    Prompts may differ in length, and each row gives the tokens that it would give alone. Each row of the batch has
+    its own random key, so its sample depends only on the seed and the row number.
 
     Args:
       params: ``{"params": ...}`` as ``load_params`` or ``Transformer.init`` return them.
-      prompts: token ids, at least one each.
-      max_new_tokens: >= 1.
-      stop_tokens: a row that produces one of these is finished.
-      prefill_chunk: how many prompt tokens one prefill call processes; bounds memory, changes no result.
+      prompts: token ids, at least one per prompt.
+      max_new_tokens: per row, at least 1.
+      stop_tokens: a row that produces one of these has finished.
+      prefill_chunk: prompt tokens per prefill call; bounds memory and changes no result.
 
     Raises:
-      ValueError: empty prompt, id outside the vocabulary, prompt + max_new_tokens over max_seq_len.
+      ValueError: an empty prompt, an id outside the vocabulary, or prompt + max_new_tokens above max_seq_len.
     """
     lengths = _check(prompts, config, max_new_tokens, prefill_chunk)
     B, longest = len(prompts), max(lengths)
@@ -104,7 +109,7 @@ def stream(
         logits, cache = prefill(params, tokens[:, part], segment_ids[:, part], cache, logits)
 
     keys = jax.random.split(jax.random.key(sampling.seed), B)
-    unseeded = replace(sampling, seed=0)  # a static argument: another seed must not compile again
+    unseeded = replace(sampling, seed=0)  # it is a static argument: a new seed must not compile again
     active = np.ones(B, bool)
     for step in range(max_new_tokens):
         chosen, keys = _draw(logits, keys, unseeded)
@@ -143,14 +148,14 @@ def _check(
 
 @functools.lru_cache(maxsize=8)
 def compiled_steps(config: ModelConfig) -> tuple[Any, Any]:
-    """The jitted (prefill, decode) that ``stream`` calls; both take the cache's memory for their own."""
+    """The jitted (prefill, decode) that ``stream`` calls. Both donate the cache, and update it in place."""
     model = Transformer(config)
 
     @functools.partial(jax.jit, donate_argnums=(3, 4))
     def prefill(
         params: Any, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Cache, last: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """``last`` becomes the logits of a row's last token where this chunk holds it."""
+        """Logits of each row's last token: from this chunk if it has tokens of the row, else ``last``."""
         real = segment_ids != 0
         at = jnp.maximum(real.sum(axis=1) - 1, 0)
         logits, new_cache, _ = model.apply(params, tokens, segment_ids=segment_ids, cache=cache, logits_at=at)
@@ -158,7 +163,7 @@ def compiled_steps(config: ModelConfig) -> tuple[Any, Any]:
 
     @functools.partial(jax.jit, donate_argnums=(3,))
     def decode(params: Any, chosen: jax.Array, active: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """A finished row is fed padding, which takes no slot."""
+        """Finished rows get padding, which takes no slot."""
         segment_ids = active.astype(jnp.int32)[:, None]
         logits, new_cache, _ = model.apply(params, chosen[:, None], segment_ids=segment_ids, cache=cache)
         return logits[:, 0], new_cache
@@ -177,7 +182,7 @@ def _draw(
 
 
 def truncate(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """logits / temperature, with -inf for what top_k and then top_p leave out (the best token always stays)."""
+    """logits / temperature, with -inf for tokens dropped by top_k and then by top_p; the best token always stays."""
     logits = logits / sampling.temperature
     order = jnp.argsort(-logits, axis=-1)  # stable: of equal logits the lowest id first
     rank = jnp.argsort(order, axis=-1)

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.expert_dispatch import exchanged
+from dsa_jax.expert_dispatch import dispatch_and_combine
 from dsa_jax.grouped import grouped_matmul
 from dsa_jax.linear import linear, linear_float32
 from dsa_jax.sharding import PartialSum, constrain, expert_devices, shard_map
@@ -20,7 +20,7 @@ Parameters = Mapping[str, Any]
 
 
 class Ffn(nn.Module):
-    """Parameters of one SwiGLU of width ``width``, or of ``n_experts`` of them stacked."""
+    """Declares the parameters of one SwiGLU of this width, or of ``n_experts`` of them, stacked."""
 
     config: ModelConfig
     width: int
@@ -39,7 +39,7 @@ class Ffn(nn.Module):
 
 
 class Moe(nn.Module):
-    """Parameters of one MoE layer; ``moe`` is its mathematics."""
+    """Declares the parameters of one MoE layer, which ``moe`` reads."""
 
     config: ModelConfig
 
@@ -67,8 +67,8 @@ def route(
 ) -> tuple[Int[Array, "*tokens A"], Float[Array, "*tokens A"]]:
     """The A experts of each token and their weights.
 
-    The bias decides who is chosen and never enters the weight. A group counts by the sum of its two best
-    biased scores; experts of the other groups are out (-inf: with 0 a negative bias would let them in).
+    The bias takes part in the choice and never enters the weight. A group is scored by the sum of its two best
+    biased scores. Experts outside the best groups get -inf: with 0 they could beat experts with a negative bias.
 
     Source: DeepSeek-V3 report, section 2.1.2; V3.2's ``Gate`` in inference/model.py.
     """
@@ -91,12 +91,12 @@ def moe(
 ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
     """Routed experts plus the shared one; no token is dropped.
 
-    Tokens are sorted by expert and multiplied group by group (``grouped_matmul``); the weighted sum over a
-    token's experts is float32.
+    Tokens are sorted by expert, so that each expert multiplies one group of rows (``grouped_matmul``). The weighted
+    sum over a token's experts is float32.
 
     Returns:
-      The output in the dtype of x, and experts [B T A], expert_weights [B T A], expert_load [E], the number of
-      valid tokens that chose each expert, and balance, the mean over rows of ``balance_loss``.
+      The output in the dtype of x; and "experts" [B T A], "expert_weights" [B T A], "expert_load" [E] (the number of
+      valid tokens that chose each expert) and "balance" (the mean of ``balance_loss`` over the rows of the batch).
     """
     per_token, per_row = ("batch", "sequence", None), ("rows", "sequence", None)
     x = constrain(x, *per_token)
@@ -116,7 +116,7 @@ def moe(
     n_devices = expert_devices(x.shape[0])
     if n_devices > 1:
         routed = shard_map(
-            partial(exchanged_experts, config=config, n_devices=n_devices),
+            partial(dispatched_experts, config=config, n_devices=n_devices),
             in_axes=(per_token, per_token, per_token, in_and_out),
             out_axes=PartialSum(per_token, over=("ff",)),
         )
@@ -145,23 +145,25 @@ def routed_experts(
     held: Int[Array, " held"],
     config: ModelConfig,
 ) -> Float[Array, "B T D"]:
-    """Weighted sum over those of a token's experts that ``parameters`` holds, the numbers ``held``; float32."""
+    """Weighted sum over those experts of each token that this device holds (the numbers ``held``); float32.
+
+    For tokens that every device along "expert" has: the devices' results are summed.
+    """
     n_held = held.shape[0]
     if n_held == config.n_routed_experts:
         return _sum_of_experts(x, experts, weights, parameters, n_held)
-    # Of the rows that all devices with other experts see too, any share may be for these experts: there is room
-    # for all tokens of one row at a time, and none is dropped.
+    # Any share of the tokens may choose these experts. One row of the batch at a time, there is room for all of them.
     own = jnp.where((experts >= held[0]) & (experts <= held[-1]), experts - held[0], n_held)
 
     @jax.checkpoint
-    def one_row(row):
+    def one_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         x, own, weights = (array[None] for array in row)
         return _sum_of_experts(x, own, weights, parameters, n_held, all_held=False)[0]
 
     return lax.map(one_row, (x, own, weights))
 
 
-def exchanged_experts(
+def dispatched_experts(
     x: Float[Array, "B T D"],
     experts: Int[Array, "B T A"],
     weights: Float[Array, "B T A"],
@@ -169,26 +171,38 @@ def exchanged_experts(
     config: ModelConfig,
     n_devices: int,
 ) -> Float[Array, "B T D"]:
-    """The same for tokens that no other device has: all their experts, on whichever device they are; float32."""
+    """Weighted sum over all experts of each token, on whichever of ``n_devices`` devices they are; float32.
+
+    For tokens that no other device has: they are dispatched to their experts.
+    """
     n_held = config.n_routed_experts // n_devices
 
-    def apply(rows, held):
+    def apply(rows: jax.Array, held: jax.Array) -> jax.Array:
         one = jnp.ones((1, rows.shape[0], 1), jnp.float32)
         found = _sum_of_experts(rows[None], held[None, :, None], one, parameters, n_held, all_held=False)
         return found[0].astype(rows.dtype)
 
-    return exchanged(x, experts, weights, n_held, n_devices, apply)
+    return dispatch_and_combine(x, experts, weights, n_held, n_devices, apply)
 
 
-def _sum_of_experts(x, experts, weights, parameters, n_experts, all_held=True):
-    """Not all_held: experts may be n_experts, which adds 0; these rows lie behind the last group."""
+def _sum_of_experts(
+    x: Float[Array, "B T D"],
+    experts: Int[Array, "B T A"],
+    weights: Float[Array, "B T A"],
+    parameters: Parameters,
+    n_experts: int,
+    all_held: bool = True,
+) -> Float[Array, "B T D"]:
+    """Weighted sum over the experts of each token. Unless all_held, the number n_experts stands for none and adds 0."""
     B, T, D = x.shape
     A = experts.shape[-1]
     by_expert = jnp.argsort(experts.reshape(-1), stable=True)
     group_sizes = jnp.bincount(experts.reshape(-1), length=n_experts).astype(jnp.int32)
     in_group = None if all_held else (jnp.arange(B * T * A) < group_sizes.sum())[:, None]
 
-    def grouped(rows):  # behind the last group a grouped product may leave anything, in its gradient too
+    def grouped(
+        rows: jax.Array,
+    ) -> jax.Array:  # rows after the last group are undefined in a grouped product, and in its gradient
         return rows if in_group is None else jnp.where(in_group, rows, 0)
 
     tokens = grouped(x.reshape(B * T, D)[by_expert // A])
@@ -199,7 +213,9 @@ def _sum_of_experts(x, experts, weights, parameters, n_experts, all_held=True):
     return (outputs.astype(jnp.float32) * weights[..., None]).sum(axis=2)
 
 
-def _route_and_count(scores, bias, valid, config):
+def _route_and_count(
+    scores: Float[Array, "B T E"], bias: Float[Array, " E"], valid: Bool[Array, "B T"], config: ModelConfig
+) -> tuple[Int[Array, "B T A"], Float[Array, "B T A"], Int[Array, " E"]]:
     experts, weights = route(scores, bias, config)
     load = jnp.zeros(config.n_routed_experts, jnp.int32).at[experts].add(valid[..., None].astype(jnp.int32))
     return experts, weights, load
@@ -208,9 +224,9 @@ def _route_and_count(scores, bias, valid, config):
 def balance_loss(
     scores: Float[Array, "B T E"], experts: Int[Array, "B T A"], valid: Bool[Array, "B T"]
 ) -> Float[Array, " B"]:
-    """sum_i f_i P_i of each row: 1 when its tokens spread evenly, more when few experts get them.
+    """sum_i f_i P_i per row of the batch: 1 when all experts get as many tokens, more when few experts get most.
 
-    f_i: share of the row's choices that fell on expert i, times E (no gradient); P_i: mean of its normalised score.
+    f_i: E times the share of the row's choices that went to expert i (no gradient). P_i: its mean normalised score.
 
     Source: DeepSeek-V3 report, section 2.1.2 (complementary sequence-wise auxiliary loss, without alpha).
     """

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, computed in float32 and rounded once, after the weight."""
+"""RMSNorm and LayerNorm, computed in float32 and rounded once, after the multiplication by the weight."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -18,7 +18,7 @@ def rms_norm(
 def layer_norm(
     x: Float[Array, "*tokens D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
 ) -> Float[Array, "*tokens D"]:
-    """LayerNorm with weight and bias, as the indexer applies to its keys (it is not an RMSNorm)."""
+    """LayerNorm with scale and bias. The indexer applies it to its keys, where other norms are RMSNorms."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     inverse_std = lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)

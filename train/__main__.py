@@ -1,12 +1,12 @@
-"""`python -m train RUN` trains a named run through all its stages, and goes on where a killed one stopped.
+"""`python -m train RUN` trains a named run through all its stages, or resumes it where it was interrupted.
 
 Examples:
 
     python -m train nano_cpu
     python -m train nano --folder runs/short --run.stages.0.steps 100 --run.batch 8
     python -m train nano --init-from CHECKPOINT --lora-rank 16
-    python -m train nano --mesh.expert 2 --mesh.tensor 2       # data takes the devices that are left
-    srun python -m train nano --distributed --mesh.expert 2    # on every host; TPU pods the same, without srun
+    python -m train nano --mesh.expert 2 --mesh.tensor 2       # data defaults to the devices that are left
+    srun python -m train nano --distributed --mesh.expert 2    # once per host or GPU; on TPU pods without srun
 
 With several hosts: --distributed, or --coordinator, --num-processes and --process-id; docs/scaling.md, "Several hosts".
 """
@@ -24,23 +24,23 @@ from train.runs import RUNS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(Hosts):
-    """A named run, what it starts from, where it goes and on what."""
+    """A named run: what it starts from, where results go, and the mesh."""
 
     run: Run
     """Every field of the run can be changed: --run.batch 8, --run.stages.0.steps 100, --run.model.index-topk 64."""
     folder: Path | None = None
-    """Where checkpoints and metrics go; default runs/NAME. The same command goes on with what is there."""
+    """Where checkpoints and metrics go; default runs/NAME. Rerun the command to resume an interrupted run."""
     init_from: str | None = None
-    """Start from this checkpoint (a Hugging Face or Orbax folder); the model's sizes are then its own."""
+    """Start from this checkpoint (a Hugging Face or Orbax folder) and use its model sizes."""
     lora_rank: int | None = None
-    """Train adapters of this rank (alpha is twice the rank) instead of the weights themselves."""
+    """Train adapters of this rank (with alpha twice the rank) instead of the weights."""
     mesh: MeshSpec = MeshSpec()
-    """How many ways to split the work over all devices. Without any of these: as the run says, else one device."""
+    """Mesh axes over all devices. Default: the mesh of the run, or one device."""
     traceback: bool = False
     """On bad input, show where the error arose."""
 
     def changed_run(self) -> Run:
-        """``run`` with what the other options say about it."""
+        """``run`` with the other options applied."""
         rank = self.lora_rank
         lora = self.run.lora if rank is None else Lora(rank=rank, alpha=2.0 * rank)
         mesh = self.run.mesh if self.mesh == MeshSpec() else self.mesh
@@ -50,7 +50,7 @@ class Options(Hosts):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done; 1 the training stopped (a loss that is not finite, a lost process, SIGTERM); 2 bad input."""
+    """Exit codes: 0 done; 1 training stopped (loss not finite, a process lost, SIGTERM); 2 bad input."""
     import tyro
 
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     name = arguments[0]
     show = options.traceback or os.environ.get("DSA_JAX_TRACEBACK")
-    from train.trainer import Stopped, from_checkpoint, train
+    from train.initial import from_checkpoint
+    from train.trainer import Stopped, train
 
     try:
         run = from_checkpoint(options.changed_run())

@@ -1,9 +1,8 @@
 """Checkpoints of a run: parameters, optimizer, data position and the run's own description, through Orbax.
 
-Orbax writes in the background and makes a step visible only when it is complete, so a killed process leaves
-the previous one. A step that cannot be read is set aside and the one before it is taken. With several processes all
-call the same methods at the same time, each writes and reads the parts that it holds, and the folder is one that all
-of them see.
+Orbax writes in the background and makes a step visible only when it is complete, so a killed process leaves the
+previous step intact. A step that cannot be read is set aside, and the one before it is used. Several processes call
+the same methods at the same time; each writes and reads the parts that it holds, in a folder that all of them see.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from train.config import Run, contradictions, to_json
-from train.placement import Layout
+from train.placement import RunSharding
 from train.step import TrainState, begin_stage
 
 _logger = logging.getLogger(__name__)
@@ -29,16 +28,16 @@ UNREADABLE = (ValueError, KeyError, TypeError, OSError, RuntimeError)
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """The state after ``state.step`` steps, and where the data of its stage goes on."""
+    """The state after ``state.step`` steps, and the position in the data of its stage."""
 
     state: TrainState
     data: dict[str, Any]
 
 
 class Checkpoints:
-    """The folder ``path``: one numbered folder a step, at most ``keep`` of them.
+    """The folder ``path``: one numbered folder per step, at most ``keep`` of them.
 
-    Each holds the items params (which `dsa_jax.load_params` can be pointed at), opt_state, data and run.
+    Each holds the items params (readable by `dsa_jax.load_params`), opt_state, data and run.
     """
 
     def __init__(self, path: Path, keep: int) -> None:
@@ -49,7 +48,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.path, options=options)
 
     def save(self, state: TrainState, data: dict[str, Any], run: Run) -> None:
-        """Copies the state and writes it in the background. ``close`` or the next save waits for it."""
+        """Copies the state and writes it in the background; ``close`` and the next ``save`` wait for that."""
         leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
@@ -62,17 +61,17 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def restore(self, run: Run, params: Any, layout: Layout | None = None) -> Restored | None:
+    def restore(self, run: Run, params: Any, sharding: RunSharding | None = None) -> Restored | None:
         """The newest readable step, or None if there is none.
 
         params: arrays or ``jax.ShapeDtypeStruct`` of the run's parameters (with adapters, if it has any).
-        layout: where to put the arrays, which need not be where they were written from; None: on one device.
+        sharding: where to put the arrays, whatever mesh wrote them; None: on one device.
 
         Raises:
-          ValueError: the checkpoint belongs to a run that contradicts this one, or there are steps and none of
-            them can be read; then they stay as they are. With several processes: the newest cannot be read.
+          ValueError: the checkpoint belongs to a run that contradicts this one, or no step can be read; all then stay
+            as they are. With several processes: the newest step cannot be read.
         """
-        layout = layout or Layout(dataclasses.replace(run, mesh=None))
+        sharding = sharding or RunSharding(dataclasses.replace(run, mesh=None))
         faults: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
@@ -88,7 +87,7 @@ class Checkpoints:
                     "choose another folder or undo: " + "; ".join(differences)
                 )
             try:
-                restored = self._read(step, run, params, layout)
+                restored = self._read(step, run, params, sharding)
             except UNREADABLE as error:
                 faults[step] = self._fault(step, error)
                 continue
@@ -97,25 +96,25 @@ class Checkpoints:
         if faults:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in faults.items())
             raise ValueError(
-                f"none of the checkpoints in {self.path} can be read; move them away to begin anew ({reasons})"
+                f"none of the checkpoints in {self.path} can be read; move them away to start anew ({reasons})"
             )
         return None
 
     def _fault(self, step: int, error: Exception) -> str:
-        """Why the step cannot be read; with several processes that ends the run, since the others may have read it."""
+        """Why the step cannot be read. With several processes that ends the run: the others may have read the step."""
         if jax.process_count() == 1:
             return _first_line(error)
-        if isinstance(error, jax.errors.JaxRuntimeError):  # not the step is at fault: a process was lost
+        if isinstance(error, jax.errors.JaxRuntimeError):  # a process was lost; the step itself may be fine
             raise error
         raise ValueError(
-            f"the checkpoint of step {step} in {self.path} cannot be read; move it away to go on after the one "
-            f"before ({_first_line(error)})"
+            f"the checkpoint of step {step} in {self.path} cannot be read; move it away to resume from the "
+            f"step before it ({_first_line(error)})"
         ) from error
 
-    def _read(self, step: int, run: Run, params: Any, layout: Layout) -> Restored:
+    def _read(self, step: int, run: Run, params: Any, sharding: RunSharding) -> Restored:
         stage = run.stages[run.stage_at(step)[0]]
         shapes = jax.eval_shape(lambda params: begin_stage(jnp.int32(step), params, stage), params)
-        shapes = layout.placed(shapes)
+        shapes = sharding.with_shardings(shapes)
         leaves, tree = jax.tree.flatten(shapes.opt_state)
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(shapes.params),
@@ -125,14 +124,14 @@ class Checkpoints:
         with _tensorstores_own_errors():
             found = self._manager.restore(step, args=items)
         opt_state = jax.tree.unflatten(tree, [found["opt_state"][str(i)] for i in range(len(leaves))])
-        state = TrainState(step=layout.number(step), params=found["params"], opt_state=opt_state)
+        state = TrainState(step=sharding.replicated(step), params=found["params"], opt_state=opt_state)
         return Restored(state, found["data"])
 
     def _set_aside(self, faults: dict[int, str]) -> None:
-        """Renames the folders of these steps, so that they are neither read again nor in the way of new ones."""
+        """Renames the folders of these steps: they are not read again, and new ones can take their place."""
         for step, reason in faults.items():
             aside = self.path / f"unreadable-{step}"
-            shutil.rmtree(aside, ignore_errors=True)  # of an earlier fall back from the same step
+            shutil.rmtree(aside, ignore_errors=True)  # left by an earlier fall back from this step
             (self.path / str(step)).rename(aside)
             _logger.warning(
                 "the checkpoint of step %d cannot be read (%s); it is now %s", step, reason, aside
@@ -141,14 +140,14 @@ class Checkpoints:
             self._manager.reload()
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
 @contextlib.contextmanager
 def _tensorstores_own_errors() -> Iterator[None]:
-    """Orbax puts a bare ``Exception`` around what tensorstore raises where an array cannot be read."""
+    """Unwraps the bare ``Exception`` that Orbax puts around tensorstore's error for an unreadable array."""
     try:
         yield
     except Exception as error:

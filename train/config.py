@@ -1,4 +1,4 @@
-"""What a run is: a model, its data, and the stages it goes through, as frozen dataclasses."""
+"""The description of a run: model, data and stages, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dsa_jax.config import Fp8Config, ModelConfig, YarnConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Steps with one attention, one set of trained parameters and one loss.
+    """Consecutive steps with one attention, one set of trained parameters and one loss.
 
     attention: "dense"; "sparse" (the indexer's top-k); "window" (the most recent index_topk keys, a control).
-    trains: "model" (everything but the indexers), "indexer" (only them, from L_I alone), or "both": two
-    disjoint gradients in one step, CE and what belongs to it for the model, L_I for the indexers.
-    lr, index_lr: peak learning rates of the two groups, each with its own clip by global norm. They rise
-    linearly over lr_warmup steps and, if lr_end is given, fall along a cosine to that share of the peak.
+    trains: "model" (everything but the indexers), "indexer" (only the indexers, from the index loss L_I), or "both".
+    With "both" one step has two disjoint gradients: of CE, MTP and balance for the model, of L_I for the indexers.
+    lr, index_lr: peak learning rates of the two groups, each of which has its own clip by global norm. The rates rise
+    linearly over lr_warmup steps and, if lr_end is given, fall along a cosine to lr_end times the peak.
     mtp_weight, balance_weight: lambda and alpha of the DeepSeek-V3 report (sections 2.2, 2.1.2).
-    bias_step: gamma, by which the router's bias moves after each step, outside the optimizer.
+    bias_step: gamma, the step of the router's bias after each update, outside the optimizer.
     data_seed: stages with equal seeds see the same batches in the same order.
     """
 
@@ -54,24 +54,24 @@ class Stage:
             )
         if self.trains != "model" and self.attention == "window":
             raise ValueError(
-                f"attention='window' reads no indexer; train 'model', got trains={self.trains!r}"
+                f"attention='window' uses no indexer, so trains must be 'model', got {self.trains!r}"
             )
 
 
 def dense(steps: int, lr: float, **changes: Any) -> Stage:
-    """Pre-training: dense attention, CE + MTP + balance; the indexers stay as they were initialised."""
+    """Pre-training: dense attention, CE + MTP + balance. The indexers keep their initial values."""
     return Stage(name="dense", attention="dense", trains="model", steps=steps, lr=lr, **changes)
 
 
 def indexer_warmup(steps: int, index_lr: float = 1e-3, **changes: Any) -> Stage:
-    """Only the indexers train, towards the dense attention (eq. 3 of the DeepSeek-V3.2-Exp report)."""
+    """Trains only the indexers, towards dense attention (eq. 3 of the DeepSeek-V3.2-Exp report)."""
     return Stage(
         name="indexer_warmup", attention="dense", trains="indexer", steps=steps, index_lr=index_lr, **changes
     )
 
 
 def sparse(steps: int, lr: float, index_lr: float, **changes: Any) -> Stage:
-    """Everything trains through sparse attention; the indexers on the selected keys (eq. 4)."""
+    """Trains everything through sparse attention, the indexers on the selected keys (eq. 4)."""
     return Stage(
         name="sparse", attention="sparse", trains="both", steps=steps, lr=lr, index_lr=index_lr, **changes
     )
@@ -79,10 +79,10 @@ def sparse(steps: int, lr: float, index_lr: float, **changes: Any) -> Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Rows of one kind and their share of a batch.
+    """Rows of one kind and their share of each batch.
 
-    kind "text": packed documents of a folder that `python -m train.data.prepare` wrote. The others are tasks of
-    train.data.synthetic with known answers; ``options`` are their arguments. "needles" hide in rows of ``folder``.
+    kind: "text" is packed documents of ``folder``, written by `python -m train.data.prepare`. The others are tasks
+    of train.data.synthetic with known answers; ``options`` are their arguments. "needles" hide in rows of ``folder``.
     """
 
     kind: Literal["text", "associative_recall", "multi_query_recall", "needles"]
@@ -93,10 +93,10 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adapters instead of the weights themselves (arXiv 2106.09685).
+    """Low-rank adapters that train instead of the weights (arXiv 2106.09685).
 
-    W + alpha / rank * A B on the attention projections and, with ``experts``, on all feed-forward matrices. The
-    router's bias is no matrix and still moves, unless the stage has bias_step=0.
+    W + alpha / rank * A B for the attention projections and, with ``experts``, for all feed-forward matrices. The
+    router's bias has no adapter and still moves, unless the stage has bias_step=0.
     """
 
     rank: int = 16
@@ -110,7 +110,7 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshSpec:
-    """How many ways each axis of ``dsa_jax.sharding`` splits the work; data takes the devices that are left."""
+    """Size of each mesh axis of ``dsa_jax.sharding``; data defaults to the devices that the others leave."""
 
     data: int | None = None
     expert: int = 1
@@ -120,12 +120,12 @@ class MeshSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A whole training run: stages in order, from one set of parameters to the next.
+    """A training run: stages in order, each starting from the parameters of the one before.
 
-    batch, seq_len: rows and tokens a row of one step, on all devices together. mesh: None is one device, or, with
-    several processes, data over all of them. init_from: folder of a checkpoint (Hugging Face or
-    Orbax) to start from; its sizes must be those of ``model``. checkpoint_every, log_every: in steps;
-    keep: how many checkpoints stay. eval_batches: validation batches at every stage boundary.
+    batch, seq_len: rows per step, on all devices together, and tokens per row. mesh: None is one device or, with
+    several processes, data parallelism over all devices. init_from: folder of a checkpoint (Hugging Face or Orbax)
+    to start from; ``model`` must have its sizes. checkpoint_every, log_every: in steps. keep: how many checkpoints
+    are kept. eval_batches: validation batches per evaluation, before the first stage and after each.
     """
 
     model: ModelConfig
@@ -164,7 +164,11 @@ class Run:
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> tuple[int, int]:
-        """(index of the stage, steps done in it) after ``step`` steps; a boundary belongs to the earlier stage."""
+        """(index of the stage, steps done in it) after ``step`` steps. A boundary belongs to the stage that ends there.
+
+        Raises:
+          ValueError: the run has fewer steps.
+        """
         for index, stage in enumerate(self.stages):
             if step <= stage.steps:
                 return index, step
@@ -172,7 +176,7 @@ class Run:
         raise ValueError(f"the run has {self.steps} steps, got step {self.steps + step}")
 
 
-# What may change between the beginning of a run and its continuation.
+# What may change when a run is resumed.
 MAY_CHANGE = frozenset({"mesh", "checkpoint_every", "keep", "log_every", "eval_batches"})
 
 
@@ -206,7 +210,7 @@ def from_json(values: dict[str, Any]) -> Run:
 def contradictions(stored: dict[str, Any], run: Run) -> list[str]:
     """What differs between the run that wrote a checkpoint and this one, as "name: then X, now Y".
 
-    Stages that come after all the stored ones are no contradiction.
+    Stages added after the stored ones are no contradiction.
     """
     now = to_json(run)
     now["stages"] = now["stages"][: len(stored["stages"])]
@@ -215,7 +219,7 @@ def contradictions(stored: dict[str, Any], run: Run) -> list[str]:
 
 
 def differences(x: Any, y: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """("stages[0].lr", value in x, value in y) of all fields in which two runs in JSON differ."""
+    """("stages[0].lr", value in x, value in y) for each field in which two runs in JSON differ."""
     if isinstance(x, dict) and isinstance(y, dict):
         for key in dict.fromkeys([*x, *y]):
             yield from differences(x.get(key), y.get(key), f"{name}.{key}" if name else key)

@@ -1,14 +1,14 @@
-"""Several processes that train one run together, and never wait for each other without end.
+"""Several processes that train one run together, none of which waits for another forever.
 
-One process a host of a TPU pod, one a GPU under SLURM, or as many as were started by hand: ``jax.distributed``
-connects them. What is added here is a sentence, and an end within a known time, for what goes wrong between them:
+``jax.distributed`` connects them: one process per host of a TPU pod, one per GPU under SLURM, or those started by
+hand. This module adds a message, and an end within a known time, for what can go wrong between them:
 
-    a process does not come                                   after start_timeout
+    a process does not start                                  after start_timeout
     one has another run, mesh or number of processes          at once, naming the field and both values
     one stops with an error                                   at once, with its reason
     one is killed, or its host or network is lost             after heartbeat_timeout; process 0: at once
 
-Every process says in JAX's key-value store, which process 0 serves, that it lives; process 0 judges who is lost.
+Each process writes heartbeats to JAX's key-value store, which process 0 serves. Process 0 decides which are lost.
 """
 
 import atexit
@@ -28,31 +28,30 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed as jax_distributed  # the only way to the key-value store
-from jax.experimental import multihost_utils
 
 from train.config import differences
+from train.private_jax import connection, process_allgather, sync_global_devices
 
 ALIVE, STOPPED, STARTED = "train/alive/", "train/stopped/", "train/started/"
-AGAIN = "start all processes again: they go on after the last checkpoint"
+AGAIN = "restart all processes to resume from the last checkpoint"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hosts:
-    """How this process finds those that train with it; by default it is alone."""
+    """How this process finds the others; by default there are none."""
 
     distributed: bool = False
-    """One of several processes, to be started alike on every host: a TPU pod's or SLURM's environment says which."""
+    """One of several processes with the same command line; a TPU pod's or SLURM's environment says which one."""
     coordinator: str | None = None
-    """One of several processes started by hand: HOST:PORT of process 0, where PORT is any free one."""
+    """One of several processes started by hand: HOST:PORT of process 0, with any free PORT."""
     num_processes: int | None = None
     """How many processes there are; with --coordinator."""
     process_id: int | None = None
-    """Which of them this is, 0 ... N - 1; with --coordinator."""
+    """Number of this process, 0 ... N - 1; with --coordinator."""
     start_timeout: int = 300
-    """Seconds to wait until all processes are there."""
+    """Seconds to wait for all processes to start."""
     heartbeat_timeout: int = 60
-    """Seconds without a sign of life after which a process counts as lost and all others stop."""
+    """Seconds without a heartbeat after which a process counts as lost and all others stop."""
 
     def __post_init__(self) -> None:
         by_hand = (self.coordinator, self.num_processes, self.process_id)
@@ -76,17 +75,17 @@ class Hosts:
 
 @contextlib.contextmanager
 def connected(hosts: Hosts, run: dict[str, Any]) -> Iterator[None]:
-    """Inside, ``jax.devices()`` are those of all processes. For a process alone, nothing happens.
+    """Inside, ``jax.devices()`` are the devices of all processes. A single process is left as it is.
 
-    run: what all processes must have been started with, as JSON.
+    run: what all processes must agree on, as JSON.
 
     Raises:
-      ValueError: they were not, or no environment says who the others are.
+      ValueError: they do not, or no environment describes the other processes.
     """
     if not hosts.distributed and hosts.coordinator is None:
         if (n_tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1:
             raise ValueError(
-                f"srun started {n_tasks} processes, which would all do the same: give --distributed"
+                f"srun started {n_tasks} processes, each of which would train the whole run: give --distributed"
             )
         yield
         return
@@ -102,41 +101,41 @@ def connected(hosts: Hosts, run: dict[str, Any]) -> Iterator[None]:
 
 
 def exit_code(code: int) -> int:
-    """``code``, for sys.exit; ends a process itself if it leaves others behind, for whom JAX would wait at exit."""
+    """``code``, for sys.exit. A process that failed among several ends here, because JAX would wait for the others."""
     if code and jax.distributed.is_initialized():
         _end(None, code)
     return code
 
 
 def check_shared(folder: Path) -> None:
-    """Refuses a folder that is another one on another host: what one process writes, all must see.
+    """Checks that what process 0 writes to ``folder`` is seen by all processes.
 
     Raises:
-      ValueError: with the numbers of the processes that do not see it, in all processes.
+      ValueError: in all processes, with the numbers of those that do not see it.
     """
     if jax.process_count() == 1:
         return
     mark = folder / ".seen-by-all"
     if jax.process_index() == 0:
         mark.touch()
-    multihost_utils.sync_global_devices("marked")
-    seen = multihost_utils.process_allgather(np.int32(mark.exists()))
+    sync_global_devices("marked")
+    seen = process_allgather(np.int32(mark.exists()))
     if jax.process_index() == 0:
         mark.unlink()
     if blind := np.flatnonzero(seen == 0).tolist():
         raise ValueError(
-            f"{folder} must lie on a disk that all processes share: what process 0 writes there, processes {blind} "
-            "do not see"
+            f"{folder} must be on a disk that all processes share; processes {blind} do not see what process 0 "
+            "writes there"
         )
 
 
 class _Peers:
-    """This process among the others. A thread of its own watches them and ends the process when one is gone."""
+    """This process among the others. A thread watches them and ends this process when one is gone."""
 
     def __init__(self, hosts: Hosts) -> None:
         self.hosts = hosts
         self.interval = hosts.heartbeat_timeout / 10
-        self.quiet = threading.Event()  # set: nothing is watched any more
+        self.quiet = threading.Event()  # set: stop watching
         self.is_connected = False
 
     def connect(self) -> None:
@@ -144,7 +143,7 @@ class _Peers:
         by_hand = f" ({hosts.process_id} of {hosts.num_processes}, process 0 at {hosts.coordinator})"
         too_late = (
             f"process{by_hand if hosts.coordinator else ''} waited {hosts.start_timeout} s for all others; "
-            "start the missing ones, or correct the number of processes"
+            "start the missing ones or correct the number of processes"
         )
         late = threading.Timer(hosts.start_timeout, _end, [too_late])
         late.daemon = True
@@ -153,7 +152,7 @@ class _Peers:
         try:
             jax.distributed.initialize(
                 hosts.coordinator, hosts.num_processes, hosts.process_id,
-                # JAX's own limits end a process with a stack trace: they are for the case that this one hangs.
+                # JAX's own limits end a process with a stack trace. They are longer, in case our thread hangs.
                 initialization_timeout=2 * hosts.start_timeout,
                 heartbeat_timeout_seconds=2 * hosts.heartbeat_timeout + 10,
                 shutdown_timeout_seconds=hosts.heartbeat_timeout,
@@ -167,21 +166,19 @@ class _Peers:
             ) from error
         finally:
             late.cancel()
-        state = jax_distributed.global_state
-        self.client, self.address = state.client, state.coordinator_address
-        self.id, self.count = state.process_id, state.num_processes
+        self.client, self.address, self.id, self.count = connection()
         self.is_connected = True
         threading.Thread(target=self._watch, daemon=True).start()
 
     def agree(self, run: dict[str, Any]) -> None:
-        """Process 0 compares everybody's run with its own, the others theirs with that of process 0."""
+        """Process 0 compares its run with all others, each of the others with that of process 0."""
         ours = {"the number of processes": self.count, "the version of jax": jax.__version__, **run}
         self.client.key_value_set(f"{STARTED}{self.id}", json.dumps(ours))
         for other in range(1, self.count) if self.id == 0 else [0]:
             theirs = self.client.blocking_key_value_get(f"{STARTED}{other}", 1000 * self.hosts.start_timeout)
             if found := list(differences(ours, json.loads(theirs))):
                 raise ValueError(
-                    "the processes of a run must be started alike: "
+                    "all processes of a run must be started with the same options: "
                     + "; ".join(
                         f"{name} is {x!r} in process {self.id} and {y!r} in process {other}"
                         for name, x, y in found
@@ -189,26 +186,26 @@ class _Peers:
                 )
 
     def leave(self) -> None:
-        """The end that was meant: nobody goes before all are done."""
+        """The regular end: no process leaves before all are done."""
         self.client.wait_at_barrier("train/end", 1000 * self.hosts.start_timeout)
         self.quiet.set()
         jax.distributed.shutdown()
 
     def stop(self, error: BaseException) -> None:
-        """Lets the others know why this process ends. They are gone or stuck: it must not wait for them at exit."""
+        """Tells the others why this process ends. They may be gone or stuck, so it does not wait for them at exit."""
         if not self.is_connected:
             return
-        atexit.register(os._exit, 1)  # before what JAX registered
+        atexit.register(os._exit, 1)  # runs before the handlers that JAX registered
         if isinstance(error, jax.errors.JaxRuntimeError):
-            # Most likely a broken connection, and who broke it will be known: ``_watch`` ends the process then.
+            # Most likely a connection broke. ``_watch`` soon knows which process did it, and ends this one.
             time.sleep(self.hosts.heartbeat_timeout + 5 * self.interval)
         self.quiet.set()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody left to hear it
-            self._tell(self.id, f"stopped: {error or type(error).__name__}")
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is left to be told
+            self._announce(self.id, f"stopped: {error or type(error).__name__}")
 
-    def _tell(self, process: int, what: str) -> None:
+    def _announce(self, process: int, what: str) -> None:
         self.client.key_value_set(f"{STOPPED}{process}", what, allow_overwrite=True)
-        if self.id == 0:  # it serves what the others read
+        if self.id == 0:  # it serves the store that the others read
             time.sleep(3 * self.interval)
 
     def _watch(self) -> None:
@@ -232,19 +229,19 @@ class _Peers:
                     heard[_number(key)] = said, now
             for process, (_, when) in heard.items():
                 if self.id == 0 and now - when > self.hosts.heartbeat_timeout:
-                    what = f"was not heard of for {self.hosts.heartbeat_timeout} s"
-                    self._tell(process, what)
+                    what = f"sent no heartbeat for {self.hosts.heartbeat_timeout} s"
+                    self._announce(process, what)
                     _end(f"process {process} of {self.count} {what}; {AGAIN}")
 
     def _coordinator_is_gone(self) -> str:
         return f"process 0, the coordinator at {self.address}, is gone; {AGAIN}"
 
     def _explain_abort(self) -> str | None:
-        """What it means that JAX aborts this process; None: nothing that is known here."""
+        """Why JAX aborts this process; None if that is not known."""
         if not self.is_connected:
             return (
-                "the coordinator refused this process, for the reason above: has every process the same number of "
-                "processes, and an id of its own?"
+                "the coordinator refused this process for the reason above: do all processes have the same number of "
+                "processes, and each its own id?"
             )
         host, port = self.address.rsplit(":", 1)
         try:
@@ -259,7 +256,7 @@ def _number(key: str) -> int:
 
 
 def _end(sentence: str | None, code: int = 1) -> NoReturn:
-    """Ends the process from whichever thread, without what waits for other processes at exit."""
+    """Ends the process from any thread, without the exit handlers that wait for other processes."""
     if sentence:
         print(f"python -m train: {sentence}", file=sys.stderr)
     sys.stdout.flush()
@@ -268,19 +265,19 @@ def _end(sentence: str | None, code: int = 1) -> NoReturn:
 
 
 def _on_abort(explain: Any) -> None:
-    """Ends with a sentence of ``explain`` where JAX's runtime calls abort().
+    """Ends with the sentence of ``explain`` when JAX's runtime calls abort().
 
-    It does so, on a thread of its own, as soon as its connection to the coordinator breaks. Python's handlers run
-    between two instructions of the main thread, which may be waiting for the lost process: hence C's.
+    The runtime aborts, on a thread of its own, as soon as its connection to the coordinator breaks. A Python signal
+    handler would wait for the main thread, which may be waiting for the lost process; hence a handler in C.
     """
 
     def handler(_: int) -> None:
         if sentence := explain():
-            _end(sentence)  # else abort() goes on when this returns
+            _end(sentence)  # otherwise abort() continues when this returns
 
     global _handler
     _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, _handler)
 
 
-_handler: Any = None  # C holds no reference
+_handler: Any = None  # kept alive here: C holds no reference

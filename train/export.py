@@ -1,7 +1,7 @@
 """`python -m train.export RUN_FOLDER OUT`: the newest checkpoint of a run in DeepSeek's released layout.
 
-FP8 blocks with scales, config.json and, for a run on text, tokenizer.json: what `dsa-jax generate` and
-transformers read. ``--dtype bfloat16`` and ``float32`` store the weights unquantised.
+OUT can be read by `dsa-jax generate` and transformers: FP8 blocks with scales, config.json and, for a run on text,
+tokenizer.json. ``--dtype bfloat16`` and ``float32`` store the weights unquantised.
 """
 
 import argparse
@@ -19,15 +19,15 @@ from dsa_jax.checkpoint import write_hf
 from dsa_jax.config import ModelConfig
 from train.checkpoint import Checkpoints
 from train.config import Run, from_json
+from train.initial import initial_params, lora_scale
 from train.lora import merged
-from train.trainer import initial_params, lora_scale
 
 
 def trained(folder: Path) -> tuple[Run, Any]:
     """The run in ``folder`` and the {"params": tree} of its newest checkpoint, adapters merged.
 
     Raises:
-      ValueError: the folder holds no run, or no checkpoint that can be read.
+      ValueError: the folder holds no run or no readable checkpoint.
     """
     description = folder / "config.json"
     if not description.is_file():
@@ -37,12 +37,12 @@ def trained(folder: Path) -> tuple[Run, Any]:
     restored = checkpoints.restore(run, jax.eval_shape(lambda: initial_params(run, load=False)))
     checkpoints.close()
     if restored is None:
-        raise ValueError(f"{folder / 'checkpoints'} holds no checkpoint that can be read")
+        raise ValueError(f"{folder / 'checkpoints'} holds no readable checkpoint")
     return run, merged(restored.state.params, lora_scale(run))
 
 
 def released(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
-    """Parameters and config as the release has them: the MTP layer with copies of embedding and head."""
+    """Parameters and config as released: the MTP layer has its own copies of embedding and head."""
     if not config.n_mtp_layers or not config.mtp_shared_embeddings:
         return params, config
     tree = dict(params["params"])

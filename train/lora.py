@@ -1,4 +1,4 @@
-"""Low-rank adapters beside the frozen matrices (arXiv 2106.09685)."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) next to the frozen matrices."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ FEED_FORWARD = ("w_gate", "w_up", "w_down")
 
 
 def with_adapters(params: Any, lora: Lora, rng: jax.Array) -> Any:
-    """{"params": tree} -> {"params": tree, "lora": tree}: A random, B zero, so that nothing changes at first.
+    """{"params": tree} -> {"params": tree, "lora": tree}. A is random and B zero, so outputs do not change at first.
 
     A matrix [... X Y] (stacked over layers and experts) gets "a" [... X rank] and "b" [... rank Y].
 
     Raises:
-      ValueError: the rank is not below both sides of a matrix.
+      ValueError: the rank is not below both dimensions of a matrix.
     """
     targets = ATTENTION + (FEED_FORWARD if lora.experts else ())
     adapters = {}
@@ -28,7 +28,7 @@ def with_adapters(params: Any, lora: Lora, rng: jax.Array) -> Any:
         *stack, x, y = leaf.shape
         if lora.rank >= min(x, y):
             raise ValueError(
-                f"rank must be below both sides of {'/'.join(path)}, got {lora.rank} >= {(x, y)}"
+                f"rank must be below both dimensions of {'/'.join(path)}, got {lora.rank} >= {(x, y)}"
             )
         rng, key = jax.random.split(rng)
         adapters[*path, "a"] = jax.random.normal(key, (*stack, x, lora.rank), leaf.dtype) * x**-0.5
@@ -37,7 +37,7 @@ def with_adapters(params: Any, lora: Lora, rng: jax.Array) -> Any:
 
 
 def merged(params: Any, scale: float) -> Any:
-    """{"params": tree} with W + scale * A B where there are adapters; without them, ``params`` itself."""
+    """{"params": tree} with W + scale * A B for each adapted matrix; ``params`` itself if it has no adapters."""
     if "lora" not in params:
         return params
     flat = traverse_util.flatten_dict(params["params"])

@@ -1,4 +1,4 @@
-"""What a run says about itself: one JSON object a line in metrics.jsonl, and a live line on the terminal."""
+"""What a run reports: JSON lines in metrics.jsonl and eval.jsonl, and a live line on the terminal."""
 
 import json
 from collections.abc import Mapping
@@ -7,19 +7,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from train.private_jax import process_allgather
 
 METRICS_FILE = "metrics.jsonl"
 EVAL_FILE = "eval.jsonl"
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with a "step"; a resumed run forgets what lies ahead of it.
+    """A file with one JSON object per line, each with a "step". A resumed run drops the lines of later steps.
 
-    resume_at: the last step whose lines stay; -1: the run begins anew, nothing stays. Of several processes
-    the first one writes; the others know the same lines.
+    resume_at: the last step whose lines are kept; -1 for a new run, which keeps none. Only process 0 writes;
+    the other processes hold the same lines.
     """
 
     def __init__(self, path: Path, resume_at: int) -> None:
@@ -31,7 +32,7 @@ class JsonLines:
             return
         temporary = path.with_suffix(".new")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        temporary.replace(path)  # also without the last line that a killed process cut short
+        temporary.replace(path)  # this also drops a last line that a killed process cut short
         self._file = path.open("a")
 
     def add(self, line: Mapping[str, Any]) -> None:
@@ -46,7 +47,11 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line cut short by a killed process is left out."""
+    """The objects of a JSON-lines file, without a last line that a killed process cut short.
+
+    Raises:
+      ValueError: another line is not JSON; the message names it.
+    """
     found = []
     for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
@@ -59,19 +64,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def as_json(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays on a device -> numbers and lists."""
+    """Device arrays -> numbers and lists."""
     fetched = jax.device_get(dict(metrics))
     return {name: np.asarray(value).tolist() for name, value in fetched.items()}
 
 
 def memory_bytes() -> int | None:
-    """Peak memory of the device that used most, of all processes' devices, or None where they do not say."""
+    """The highest peak memory of any device of any process, in bytes; None if the devices do not report it."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
-    return int(multihost_utils.process_allgather(np.float32(max(peaks))).max()) or None
+    return int(process_allgather(np.float32(max(peaks))).max()) or None
 
 
 class LiveLine:
-    """One line that follows the run on a terminal; elsewhere, a plain line at every report."""
+    """On a terminal, one line that follows the run; elsewhere, a plain line per report."""
 
     def __init__(self, console: Console, total: int) -> None:
         self._console = console

@@ -1,4 +1,4 @@
-"""Where the arrays of a run lie: on the default device, or over the run's mesh as ``dsa_jax.sharding`` says."""
+"""Which devices hold the arrays of a run: one device, or the run's mesh with the shardings of ``dsa_jax.sharding``."""
 
 import bisect
 import contextlib
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +19,14 @@ from train.loss import Batch
 from train.step import TrainState, begin_stage
 
 
-class Layout:
-    """The mesh of a run (None: one device), and what each of its arrays is split over.
+class RunSharding:
+    """The mesh of a run (None: one device), and how each of the run's arrays is split over it.
 
-    rows: those of every batch that devices of this process hold; no other has to be read here.
+    rows: the rows of each batch that this process's devices hold; it reads no others.
 
     Raises:
-      ValueError: the mesh has not as many devices as there are, or does not divide the model, the batch or the
-        sequence; the message names one that would do.
+      ValueError: the mesh's size is not the number of devices, or the mesh does not divide the model, the batch or the
+        sequence; the message names a mesh that would work.
     """
 
     def __init__(self, run: Run) -> None:
@@ -41,44 +42,54 @@ class Layout:
     def n_devices(self) -> int:
         return self.mesh.size if self.mesh else 1
 
-    def in_use(self) -> contextlib.AbstractContextManager[Any]:
-        """Around everything that computes: the model asks for the mesh in use."""
+    def use_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """For everything that computes: the model asks JAX for the mesh in use."""
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
     def shardings(self, tree: Any) -> Any:
-        """For parameters, adapters and states (arrays or shapes); None without a mesh, as ``jax.jit`` takes it."""
+        """Of parameters, adapters or a state (arrays or shapes); None without a mesh, as ``jax.jit`` takes it."""
         return param_shardings(tree, self.model, self.mesh) if self.mesh else None
 
-    def given(self, params: Any) -> Any:
-        """These parameters, where they belong."""
+    def place(self, params: Any, shapes: Any) -> Any:
+        """``params`` on the run's devices, once they proved to have the structure, shapes and dtypes of ``shapes``.
+
+        Raises:
+          ValueError: they have others; the message names the first leaf that differs.
+        """
+        try:
+            chex.assert_trees_all_equal_shapes_and_dtypes(params, shapes)
+        except AssertionError as error:
+            raise ValueError(f"params must have the leaves of the run's model: {error}") from error
         return jax.device_put(params, self.shardings(params)) if self.mesh else params
 
-    def placed(self, shapes: Any) -> Any:
-        """The shapes with the places of their arrays, as a checkpoint is read into them, wherever it was written."""
+    def with_shardings(self, shapes: Any) -> Any:
+        """``shapes`` with a sharding for each array, for reading a checkpoint, whatever mesh wrote it."""
         device = SingleDeviceSharding(jax.devices()[0])
-        where = self.shardings(shapes) or jax.tree.map(lambda _: device, shapes)
-        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
+        shardings = self.shardings(shapes) or jax.tree.map(lambda _: device, shapes)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+        )
 
     def begin_stage(self, step: jax.Array | int, params: Any, stage: Stage) -> TrainState:
-        """``train.step.begin_stage``, its moments where their parameters are."""
+        """``train.step.begin_stage``, with each moment sharded as its parameter is."""
         if self.mesh is None:
             return begin_stage(jnp.int32(step), params, stage)
 
         def all_but_params(params):
             return dataclasses.replace(begin_stage(jnp.int32(int(step)), params, stage), params=None)
 
-        where = self.shardings(jax.eval_shape(all_but_params, params))
-        made = jax.jit(all_but_params, out_shardings=where)(params)
-        return dataclasses.replace(made, params=params)
+        shardings = self.shardings(jax.eval_shape(all_but_params, params))
+        state = jax.jit(all_but_params, out_shardings=shardings)(params)
+        return dataclasses.replace(state, params=params)
 
-    def number(self, value: int) -> jax.Array:
-        """An int32 that every device has."""
-        return (
-            jax.device_put(np.int32(value), NamedSharding(self.mesh, P())) if self.mesh else jnp.int32(value)
-        )
+    def replicated(self, value: int) -> jax.Array:
+        """An int32 scalar on all devices."""
+        if self.mesh is None:
+            return jnp.int32(value)
+        return jax.device_put(np.int32(value), NamedSharding(self.mesh, P()))
 
-    def batch(self, rows: dict[str, np.ndarray]) -> Batch:
-        """A global batch [B T] of what each process read: its ``rows``."""
+    def global_batch(self, rows: dict[str, np.ndarray]) -> Batch:
+        """The global batch [B T], of which this process read ``rows`` [len(self.rows) T]."""
         if self.mesh is None:
             return {name: jnp.asarray(array) for name, array in rows.items()}
 

@@ -1,4 +1,4 @@
-"""The named runs of `python -m train`: what each needs, how long it takes and what comes out."""
+"""The named runs of `python -m train`: what each needs, how long it takes and what to expect."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ STDLIB = "data/stdlib"  # python -m train.data.prepare stdlib --out data/stdlib
 
 
 def needles(folder: str, n_needles: int, weight: float = 1.0) -> Source:
-    """Facts hidden in the text of ``folder`` and asked for at the end of the row; keys and values are words."""
+    """Facts hidden in the text of ``folder`` and asked for at the end of the row; keys and values are text tokens."""
     options = {"n_needles": n_needles, "first_key": 1024, "n_keys": 512, "first_value": 1536, "n_values": 512}
     return Source(kind="needles", folder=folder, weight=weight, options=tuple(options.items()))
 
@@ -18,9 +18,9 @@ def needles(folder: str, n_needles: int, weight: float = 1.0) -> Source:
 def nano_cpu() -> Run:
     """All three stages on associative recall, in under four minutes on two CPU cores.
 
-    A pair is one token here, so one attention layer suffices; pairs of two tokens take a model of this size
-    thousands of steps. Expected: accuracy 1.0 after the dense stage; with sparse attention switched on it is
-    near chance (1/8) before the warm-up and near 1.0 after it.
+    Each pair is one token, so one attention layer suffices; pairs of two tokens would take a model of this size
+    thousands of steps. Expected: accuracy 1.0 after the dense stage. With sparse attention, accuracy is near
+    chance (1/8) before the warm-up and near 1.0 after it.
     """
     options = (("n_keys", 16), ("n_values", 8), ("n_pairs", 12))
     task = AssociativeRecall(seq_len=64, **dict(options))
@@ -47,7 +47,7 @@ def nano_cpu() -> Run:
 
 
 def nano() -> Run:
-    """A 15 M parameter model of Python's own sources and documentation, through all stages: dsa_jax/nano.
+    """All stages of a 15 M parameter model on Python's own sources and documentation: dsa_jax/nano.
 
     Needs `python -m train.data.prepare stdlib --tests --out data/stdlib`. Five minutes on one NVIDIA H200, compilation
     included. Expected: held-out cross entropy 2.6 after the dense stage, 2.5 at the end, dense and sparse alike; mass

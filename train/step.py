@@ -22,7 +22,7 @@ from train.optimizer import Flat, group_of, join, make_optimizer, schedule, spli
 class TrainState:
     """step: steps done, over all stages. params: {"params": tree} and, with adapters, {"lora": tree}.
 
-    opt_state belongs to the stage: a new stage begins with a new one.
+    opt_state belongs to one stage; the next stage begins with a new one.
     """
 
     step: Any
@@ -31,7 +31,7 @@ class TrainState:
 
 
 def begin_stage(step: jax.Array, params: Any, stage: Stage) -> TrainState:
-    """The state with which a stage begins: these parameters, and moments of zero for those it trains."""
+    """The first state of a stage: these parameters, and zero moments for those that it trains."""
     trained, _ = split(params, stage)
     return TrainState(step=step, params=params, opt_state=make_optimizer(stage).init(trained))
 
@@ -39,10 +39,10 @@ def begin_stage(step: jax.Array, params: Any, stage: Stage) -> TrainState:
 def train_step(
     state: TrainState, batch: Batch, config: ModelConfig, stage: Stage, lora_scale: float = 0.0
 ) -> tuple[TrainState, Metrics]:
-    """(next state, metrics). A step whose loss or gradient is not finite changes nothing but the step count.
+    """(next state, metrics). A step whose loss or gradient is not finite changes only the step count.
 
-    Metrics: those of ``loss_fn``, "grad_norm" and "index_grad_norm" before their clips, "lr", "index_lr",
-    "max_load_ratio" [MoE layers]: the busiest expert's load over the mean load, and "finite".
+    Metrics: those of ``loss_fn``; "grad_norm" and "index_grad_norm" before clipping; "lr", "index_lr";
+    "max_load_ratio" [MoE layers], the busiest expert's load over the mean load; and "finite".
     """
     trained, rest = split(state.params, stage)
 
@@ -80,7 +80,7 @@ def train_step(
 
 
 def move_router_bias(flat: Flat, load: jax.Array, bias_step: float) -> Flat:
-    """b += gamma for an expert that got less than the mean of the batch, -= gamma for one that got more.
+    """Adds ``bias_step`` to the bias of an expert below the batch's mean load, and subtracts it above.
 
     load: [MoE layers, E], the MTP layer's last. Source: DeepSeek-V3 report, section 2.1.2.
     """
@@ -101,15 +101,14 @@ def compiled_step(
 ) -> jax.stages.Wrapped:
     """``train_step`` of this stage, (state, batch) -> (state, metrics), jitted once for all runs.
 
-    It takes the state's memory for its result. On a mesh the new state lies as the old one does, and every device
-    has all metrics.
+    The state is donated. On a mesh the new state has the shardings of the old one, and metrics are replicated.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         new_state, metrics = train_step(state, batch, config, stage, lora_scale)
         if mesh is None:
             return new_state, metrics
-        where = param_shardings(state, config, mesh), NamedSharding(mesh, P())
-        return jax.lax.with_sharding_constraint((new_state, metrics), where)
+        shardings = param_shardings(state, config, mesh), NamedSharding(mesh, P())
+        return jax.lax.with_sharding_constraint((new_state, metrics), shardings)
 
     return jax.jit(step, donate_argnums=0)

@@ -35,7 +35,7 @@ class TensorComparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorReport:
-    """The comparison of two checkpoints; layers None: all of them and what lies outside layers."""
+    """The comparison of two checkpoints; layers None: all of them and the tensors outside of layers."""
 
     ours: Path
     reference: Path
@@ -97,9 +97,9 @@ def compare_tensors(
     layers: tuple[int, ...] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TensorReport:
-    """Compares two checkpoints of any kind, a piece at a time, in the released orientation.
+    """Compares two checkpoints of any kind, piece by piece, in the released orientation.
 
-    layers: only these (the MTP layer is n_layers), so that a large model can be compared part by part.
+    layers: only these (the MTP layer is n_layers), to compare a large model part by part.
     on_progress(bytes of ours done, bytes in all). Raises ValueError when the checkpoints are of different
     architectures, when one is incomplete or damaged, and for a layer that does not exist.
     """

@@ -80,13 +80,23 @@ def convert(
         ignore=tuple(ignore),
     )
     destination = Path(destination).resolve()
+    repeat = command or ["dsa-jax", "convert", str(request.source), str(destination)]
+    return _run(request, destination, max_memory, repeat, on_progress)
+
+
+def _run(
+    request: Request,
+    destination: Path,
+    max_memory: int,
+    repeat: list[str],
+    on_progress: Callable[[int, int], None],
+) -> Outcome:
     _refuse_memory_or_place(request, destination, max_memory)
     refuse_incomplete(request.source)
     checkpoint = request.open(max_chunk_bytes=max_memory // 4)
     target = request.target(checkpoint)
     check(checkpoint.tensors, checkpoint.config)
     plan = request.plan(checkpoint)
-    repeat = command or ["dsa-jax", "convert", str(request.source), str(destination)]
     with Job(destination, request.identity(checkpoint), repeat) as job:
         begun = plan.recorded_bytes(job.steps)
         _check_space(destination, plan.n_bytes - begun)

@@ -1,7 +1,7 @@
 """DeepSeek's own converted checkpoints: `model{i}-mp{N}.safetensors`, the output of its inference/convert.py.
 
-Each of N files holds one rank's share of every tensor under shorter names, and no MTP layer. Seen from
-outside this is the released checkpoint again: names and shares are put back together on reading.
+Each of N files holds one rank's share of every tensor, under shorter names and without the MTP layer. The reader
+gives the released names and whole tensors again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dsa_jax.checkpoint.tensors import Carried
 from dsa_jax.config import Fp8Config, ModelConfig, YarnConfig
 
 _FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
-# Released name of a module -> (its name here, the axis that is split over ranks; None: every rank has it all).
+# Released name of a module -> (its name here, the axis that is split over ranks; None: every rank has all of it).
 _MODULES: dict[str, tuple[str, int | None]] = {
     "embed_tokens": ("embed", 0),
     "input_layernorm": ("attn_norm", None),
@@ -72,14 +72,14 @@ def is_deepseek(path: Path) -> bool:
 def deepseek_name(released: str) -> tuple[str, int | None]:
     """Released name -> (name in the converted files, axis split over ranks or None).
 
-    Raises KeyError for a module the converter does not know, as those of the MTP layer.
+    Raises KeyError for a module the converter does not know, such as those of the MTP layer.
     """
     *parts, module, leaf = released.removeprefix("model.").split(".")
     if leaf == "weight" or leaf in _LEAVES or leaf == "bias":
         name, axis = _MODULES[module]
     else:
         raise KeyError(released)
-    # A routed expert lies whole on one rank; the shared ones are cut like any other SwiGLU.
+    # A routed expert is stored whole by one rank; the shared ones are split like any other SwiGLU.
     if "experts" in parts:
         axis = None
     renamed = [_PARTS.get(part, part) for part in parts]
@@ -89,7 +89,7 @@ def deepseek_name(released: str) -> tuple[str, int | None]:
 class DeepSeekFolder:
     """Tensors over a converted folder under their released names; see `tensors.Tensors`.
 
-    Raises ValueError when the files are not all of one conversion.
+    Raises ValueError when the files come from several conversions.
     """
 
     def __init__(self, path: str | Path, config: ModelConfig) -> None:
@@ -182,7 +182,7 @@ def load_deepseek_config(path: Path, config_file: Path | None = None, **switches
     """The ModelConfig from config_file, or the one config*.json of the folder, DeepSeek's spelling or Hugging Face's.
 
     There is never an MTP layer: DeepSeek's converter leaves it out. max_seq_len is original_seq_len times the
-    RoPE factor, as in the release. Raises ValueError for unknown, missing or dishonoured keys.
+    RoPE factor, as in the release. Raises ValueError for unknown, missing or unsupported keys.
     """
     if config_file is None:
         found = sorted(file for file in path.glob("config*.json"))
@@ -211,9 +211,9 @@ def _fields(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} has keys this loader does not know: {', '.join(unknown)}; remove them")
     if missing := sorted(set(_CONFIG_KEYS) - set(values)):
         raise ValueError(f"{file} lacks the keys {', '.join(missing)}; add them")
-    for key, honoured in _FIXED.items():
-        if values.get(key, honoured) != honoured:
-            raise ValueError(f"{file}: {key} must be {honoured!r}, got {values[key]!r}")
+    for key, supported in _FIXED.items():
+        if values.get(key, supported) != supported:
+            raise ValueError(f"{file}: {key} must be {supported!r}, got {values[key]!r}")
     rope = {key: values.get(key, default) for key, default in _DEFAULTS.items()}
     factor, original = float(rope["rope_factor"]), rope["original_seq_len"]
     yarn = YarnConfig(

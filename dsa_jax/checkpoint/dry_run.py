@@ -31,7 +31,7 @@ class DryRun:
 
     @property
     def elements(self) -> int:
-        """Elements of all stored tensors, block scales included: what a model page states as its size."""
+        """Elements of all stored tensors, block scales included: the size that model pages state."""
         return sum(math.prod(entry.shape) for entry in self.tensors.values())
 
     def lines(self) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes the file so that a reader, or a crash, finds the old content or the new one."""
+    """Replaces the file: a reader finds the old content or the new, also after a crash."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as stream:
         stream.write(content)
@@ -21,7 +21,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Makes the folder's entries, new names and removals, survive a power failure."""
+    """Flushes the folder's entries: files created and removed so far survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

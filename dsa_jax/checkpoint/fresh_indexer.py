@@ -1,4 +1,4 @@
-"""A dense checkpoint (V3, V3.1) with indexers added: the start of training DeepSeek Sparse Attention."""
+"""A dense checkpoint (V3, V3.1) with indexers added, from which to train DeepSeek Sparse Attention."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ V32_INDEXER: dict[str, Any] = {"index_n_heads": 64, "index_head_dim": 128, "inde
 def add_indexer_keys(values: dict[str, Any]) -> dict[str, Any]:
     """config.json of a dense model -> that of the same model with an indexer in every layer.
 
-    Keys of V32_INDEXER that are already there are kept.
+    Indexer keys that it already has are kept.
     """
     return V32_INDEXER | values | {
         "model_type": "deepseek_v32",
@@ -30,10 +30,10 @@ def add_indexer_keys(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class FreshIndexer:
-    """The tensors of another checkpoint, and fresh ones for the indexer's that it lacks; see `tensors.Tensors`.
+    """The tensors of another checkpoint, and fresh ones for its missing indexers; see `tensors.Tensors`.
 
     Weights are normal with config.init_std, drawn from the seed and their name; k_norm starts as the
-    identity. `added` lists their names. Raises ValueError when the checkpoint has part of the indexers.
+    identity. `added` lists their names. Raises ValueError when the checkpoint has any indexer tensor.
     """
 
     def __init__(self, tensors: Tensors, config: ModelConfig, *, seed: int = 0) -> None:

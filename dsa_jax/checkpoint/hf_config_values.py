@@ -92,7 +92,7 @@ def read_quantization(values: dict[str, Any]) -> Fp8Config | None:
             raise ValueError(
                 f"config.json: {key} of quantization_config must be {options[0]}, got {values.get(key)}"
             )
-    # The lists of tensors left unquantised are not needed: the reader goes by each tensor's own dtype.
+    # The lists of tensors left unquantised are not needed: the reader looks at each tensor's dtype.
     if unknown := sorted(set(values) - set(supported) - {"modules_to_not_convert", "ignored_layers"}):
         raise ValueError(
             f"config.json: quantization_config has unknown keys {', '.join(unknown)}; remove them"

@@ -52,7 +52,7 @@ class HfOptions:
             return first if first in ("BF16", "F32") else _RELEASED[row.stored]
         if self.dtype is not None:
             return "F32" if self.dtype == "float32" or row.stored == "F32" else "BF16"
-        # A BF16 weight held as float32 goes back to BF16; an FP8 one that was dequantised stays so.
+        # A BF16 weight held as float32 goes back to BF16; a dequantised FP8 weight keeps its new dtype.
         return first if first is not None and first != FP8 and dtype != FP8 else dtype
 
 

@@ -51,10 +51,8 @@ def load_hf_config(path: str | Path, *, ignore: Iterable[str] = (), **switches: 
 
 
 class HfFolder:
-    """The tensors of a checkpoint folder over all its shards.
+    """The tensors of all shards of a checkpoint folder; see `tensors.Tensors`.
 
-    entries: name -> TensorEntry; faults: kind of fault of index and shards -> what has it;
-    unreadable: names the index lists that are not where it puts them, and so not missing a second time.
     Raises ValueError when the folder has no weights at all, or two conflicting sets of them.
     """
 
@@ -130,7 +128,7 @@ def carried_files(path: Path) -> tuple[Path, ...]:
 
 
 def hf_carried(folder: HfFolder) -> Carried:
-    """What a conversion of the folder passes on."""
+    """What a conversion of the folder carries along."""
     return Carried(
         hf_config=read_json_object(folder.path / "config.json"),
         files=carried_files(folder.path),
@@ -157,7 +155,7 @@ def _weight_map(path: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path / INDEX_FILE} has no weight_map of tensor names; re-download it")
     for name, shard in weight_map.items():
-        # A shard outside the folder is never right, and an index is downloaded data.
+        # An index is downloaded data: it must not lead to files outside the folder.
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ValueError(
                 f"{path / INDEX_FILE} puts {name} into {shard!r}, not a .safetensors file; re-download it"

@@ -1,7 +1,7 @@
-"""A conversion that can be killed at any moment: a marker, a journal, and a lock.
+"""What makes a conversion safe to kill at any moment: a marker, a journal and a lock.
 
-The marker is the first file of the destination and the last to go; while it is there the folder is no
-checkpoint. The journal has one line per finished step, appended after the step is safely on disk.
+The marker is the first file of the destination, and it is removed last; while it is there, no reader accepts the
+folder. The journal has one line per finished step, appended after the step is safely on disk.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _LOCK = "INCOMPLETE.lock"
 class Job:
     """Opens or resumes the conversion into `path`; a context manager that holds the folder's lock.
 
-    request: what decides the result (source, its fingerprint, dtype, ...); a resumed conversion must repeat
-    it. command: how to finish, for messages. steps: the journal so far. Raises ValueError when path is taken
-    or half done by another request, BlockingIOError when another process is at it.
+    request: everything that decides the result (source, its fingerprint, dtype, ...); a resumed conversion must have
+    the same. command: how to resume, for messages. steps: the journal so far. Raises ValueError when path is taken
+    or holds part of another conversion, BlockingIOError when another process is writing it.
     """
 
     def __init__(self, path: Path, request: dict[str, Any], command: list[str]) -> None:
@@ -80,14 +80,16 @@ class Job:
 
 
 def refuse_incomplete(path: Path) -> None:
-    """Raises ValueError, with the command that finishes it, when a conversion into path was interrupted."""
+    """Raises ValueError, with the command that resumes it, when a conversion into path was interrupted."""
     if (path / MARKER).is_file():
         command = read_json_object(path / MARKER).get("command")
-        raise ValueError(f"{path} is an unfinished conversion; finish it with the same command: {command}")
+        raise ValueError(
+            f"{path} is an unfinished conversion; rerun the same command to resume it: {command}"
+        )
 
 
 def _is_free(path: Path) -> bool:
-    """An empty folder, or one where a crash came before the marker was whole."""
+    """Whether the folder is empty, or a crash came before the marker was complete."""
     return path.is_dir() and {file.name for file in path.iterdir()} <= {_LOCK, MARKER + ".partial"}
 
 
@@ -97,13 +99,13 @@ def _refuse_other_request(path: Path, marker: dict[str, Any], request: dict[str,
     if differing:
         changes = "; ".join(f"{key} was {begun.get(key)!r}, now {request[key]!r}" for key in differing)
         raise ValueError(
-            f"{path} is an unfinished conversion of another kind ({changes}); finish it with "
+            f"{path} is an unfinished conversion of another kind ({changes}); resume it with "
             f"{marker.get('command')!r} or remove it"
         )
 
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:
-    """The whole lines; a last line cut short by a crash is removed from the file."""
+    """The complete lines; a last line cut short by a crash is removed from the file."""
     if not path.is_file():
         return []
     content = path.read_bytes()

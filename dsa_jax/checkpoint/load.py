@@ -1,10 +1,11 @@
-"""`load_params`: any checkpoint into the parameter tree, whole or sharded, each host reading its own part."""
+"""`load_params`: any checkpoint into the parameter tree, on one device or sharded; each host reads its own part."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from rich.console import Console
 from rich.progress import Progress
 
-from dsa_jax.checkpoint.names import SCALE_SUFFIX, TensorRow, tensor_table
+from dsa_jax.checkpoint.names import SCALE_SUFFIX, TensorRow, scale_shape, tensor_table
 from dsa_jax.checkpoint.open_checkpoint import open_tensors
 from dsa_jax.checkpoint.orbax_folder import Leaf
 from dsa_jax.checkpoint.orbax_tensors import SCALES, VALUES, OrbaxTensors
@@ -26,9 +28,12 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.fp8.blocks import dequantize_blocks
 from dsa_jax.fp8.e4m3 import BLOCK
 from dsa_jax.fp8.weight import Fp8Weight
+from dsa_jax.sharding import check_mesh, param_shardings
 
 ShardingRule = Callable[[Leaf, tuple[int, ...]], Sharding]
 Region = tuple[slice, ...]
+Bounds = tuple[tuple[int, int], ...]
+"""(start, stop) per axis."""
 _PROGRESS_FROM_BYTES = 1 << 30
 
 logger = logging.getLogger(__name__)
@@ -53,61 +58,51 @@ def load_params(
 ) -> dict[str, Any]:
     """{"params": tree} of jax arrays from a Hugging Face, DeepSeek or Orbax checkpoint.
 
-    Leaves are config.param_dtype, norms, router and indexer weights float32; stored FP8 is multiplied by its
-    block scales. With keep_fp8 the leaves the checkpoint stores in FP8 become Fp8Weight, dequantised inside
-    each product: half the memory of bfloat16. With n_mtp_layers == 0 a stored MTP layer is left out.
+    Leaves have the dtype config.param_dtype, but norms, router and indexer weights are float32. Stored FP8 is
+    multiplied by its block scales. With keep_fp8, leaves that the checkpoint stores in FP8 become Fp8Weight, which is
+    dequantised inside each product and takes half the memory of bfloat16. With n_mtp_layers == 0 a stored MTP layer
+    is left out.
 
-    mesh: shard every array over all its devices, along the largest axis they divide. shardings instead of
-    mesh: a function (path of the array, shape) -> Sharding, or a tree like {"params": ...} of Shardings; the
-    path is below "params", that of an Fp8Weight's parts ends in "values" or "scales", and in a tree one
-    Sharding in its place is for the values, with the scales on every device. Only the ranges that this
-    host's devices hold are read; `count` tells how many bytes that were.
+    Args:
+      mesh: shards every array as `dsa_jax.sharding.param_shardings` does, by the rules in use. None: one device.
+      shardings: instead of mesh. A tree {"params": ...} of Shardings; one in place of an Fp8Weight is for the values,
+        and the scales are replicated. Or a function (path of the array, shape) -> Sharding; the path is below
+        "params", and that of an Fp8Weight's parts ends in "values" or "scales".
+      count: filled with the bytes read. Only ranges that this host's devices hold are read.
 
-    Raises one ValueError that lists everything missing, unknown or of a wrong shape, and one for a folder
-    whose conversion is not finished.
+    Raises:
+      ValueError: the mesh has other axes than the sharding rules or does not divide the model; tensors are missing,
+        unknown or of a wrong shape (one error lists them all); the folder is an unfinished conversion.
+      FileNotFoundError: there is no such folder.
     """
     if mesh is not None and shardings is not None:
-        raise ValueError("give mesh or shardings, not both: shardings say their mesh themselves")
+        raise ValueError("give mesh or shardings, not both: shardings have a mesh of their own")
+    if mesh is not None:
+        check_mesh(config, mesh)
     tensors = open_tensors(Path(path), config)
     check(tensors, config)
-    table = tensor_table(config)
-    leaves = _leaves(tensors, table, config, keep_fp8)
-    rule = _rule(mesh, shardings)
+    leaves = _leaves(tensors, tensor_table(config), config, keep_fp8)
+    if mesh is not None:
+        shapes = unflatten_dict({path: leaf.shapes for path, leaf in leaves.items()})
+        shardings = param_shardings({"params": shapes}, config, mesh)
+    rule = _rule(shardings)
     count = count if count is not None else ReadCount()
     count.total = sum(leaf.stored_bytes for leaf in leaves.values())
-    tree: dict[str, Any] = {}
+    arrays: dict[Leaf, Any] = {}
     console = Console(stderr=True)
     hidden = count.total < _PROGRESS_FROM_BYTES or not console.is_terminal
     with Progress(console=console, disable=hidden) as progress:
         task = progress.add_task("loading", total=count.total)
-        for path_, leaf in leaves.items():
-            branch = tree
-            for key in path_[:-1]:
-                branch = branch.setdefault(key, {})
-            branch[path_[-1]] = leaf.load(rule)
+        for leaf_path, leaf in leaves.items():
+            arrays[leaf_path] = leaf.load(rule)
             progress.advance(task, leaf.stored_bytes)
     count.read = tensors.bytes_read
     if rule is not None:
         logger.info("host %d read %d of %d bytes", jax.process_index(), count.read, count.total)
-    return {"params": tree}
+    return {"params": unflatten_dict(arrays)}
 
 
-def largest_axis_rule(mesh: Mesh) -> ShardingRule:
-    """Shards along the largest axis that the mesh's device count divides; copies what has none."""
-
-    def rule(path: Leaf, shape: tuple[int, ...]) -> Sharding:
-        divisible = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
-        spec: list[Any] = [None] * len(shape)
-        if divisible:
-            spec[max(divisible, key=lambda axis: shape[axis])] = mesh.axis_names
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return rule
-
-
-def _rule(mesh: Mesh | None, shardings: ShardingRule | Mapping[str, Any] | None) -> ShardingRule | None:
-    if mesh is not None:
-        return largest_axis_rule(mesh)
+def _rule(shardings: ShardingRule | Mapping[str, Any] | None) -> ShardingRule | None:
     if shardings is None or not isinstance(shardings, Mapping):
         return shardings
     tree = shardings["params"] if "params" in shardings else shardings
@@ -132,7 +127,10 @@ def _rule(mesh: Mesh | None, shardings: ShardingRule | Mapping[str, Any] | None)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _LeafReader:
-    """One leaf of the tree: how it is held, and where its parts are read from."""
+    """Reads one leaf of the tree.
+
+    names: released name of each index of the stacked axes; keep: as an Fp8Weight; form: dtype of the array otherwise.
+    """
 
     path: Leaf
     row: TensorRow
@@ -142,18 +140,28 @@ class _LeafReader:
     form: Form
 
     @property
+    def shapes(self) -> Any:
+        """What `load` returns, with shapes in place of arrays."""
+        shape = self.row.leaf_shape
+        if not self.keep:
+            return jax.ShapeDtypeStruct(shape, numpy_dtype(self.form))
+        return Fp8Weight(
+            values=jax.ShapeDtypeStruct(shape, numpy_dtype("fp8")),
+            scales=jax.ShapeDtypeStruct(scale_shape(shape), np.dtype(np.float32)),
+        )
+
+    @property
     def stored_bytes(self) -> int:
         names = [name + suffix for name in self.names.values() for suffix in ("", SCALE_SUFFIX)]
         return sum(self.tensors.entries[name].size for name in names if name in self.tensors.entries)
 
     def load(self, rule: ShardingRule | None) -> Any:
-        shape = self.row.leaf_shape
+        shapes = self.shapes
         if not self.keep:
-            return self._array(self.path, shape, rule, self._read)
-        scales = (*shape[:-2], *(-(-size // BLOCK) for size in shape[-2:]))
+            return self._array(self.path, shapes.shape, rule, self._read)
         return Fp8Weight(
-            values=self._array((*self.path, VALUES), shape, rule, self._read_values),
-            scales=self._array((*self.path, SCALES), scales, rule, self._read_scales),
+            values=self._array((*self.path, VALUES), shapes.values.shape, rule, self._read_values),
+            scales=self._array((*self.path, SCALES), shapes.scales.shape, rule, self._read_scales),
         )
 
     def _array(
@@ -164,33 +172,55 @@ class _LeafReader:
         read: Callable[[Region], np.ndarray],
     ) -> jax.Array:
         if rule is None:
-            return jnp.asarray(read(_whole(shape, (slice(None),) * len(shape))))
-        held: dict[Any, np.ndarray] = {}
+            return jnp.asarray(read(tuple(slice(0, size) for size in shape)))
+        sharding = rule(path, shape)
+        parts = {_bounds(shape, index) for index in sharding.addressable_devices_indices_map(shape).values()}
+        # Parts that tile a box are read as one: narrow columns of the same rows would be read row by row, or again.
+        box = tuple((min(b[0] for b in axis), max(b[1] for b in axis)) for axis in zip(*parts, strict=True))
+        if sum(map(_n_elements, parts)) == _n_elements(box):
+            parts = {box}
+        held = {bounds: read(tuple(slice(*b) for b in bounds)) for bounds in parts}
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            # Devices that hold the same part ask one after the other: it is read once.
-            region = _whole(shape, index)
-            key = tuple((s.start, s.stop) for s in region)
-            if key not in held:
-                held[key] = read(region)
-            return held[key]
+            wanted = _bounds(shape, index)
+            bounds = box if box in held else wanted
+            return held[bounds][
+                tuple(slice(b[0] - a[0], b[1] - a[0]) for a, b in zip(bounds, wanted, strict=True))
+            ]
 
-        return jax.make_array_from_callback(shape, rule(path, shape), part)
+        return jax.make_array_from_callback(shape, sharding, part)
 
     def _read(self, region: Region) -> np.ndarray:
         dtype = numpy_dtype(self.form)
-        tensors = self.tensors
-        if isinstance(tensors, OrbaxTensors) and not tensors.is_fp8(self.path):
+        if isinstance(self.tensors, OrbaxTensors):
+            return self._read_orbax(self.tensors, region, dtype)
+        buffer = np.empty([s.stop - s.start for s in region], dtype)
+        for target, name, rows, columns in self._parts(region):
+            values = self.tensors.read_rows(name, rows.start, rows.stop, columns)
+            if self.tensors.entries[name].dtype == FP8:
+                scales = self.tensors.read_rows(
+                    name + SCALE_SUFFIX, rows.start // BLOCK, -(-rows.stop // BLOCK), _blocks(columns)
+                )
+                values = dequantize_blocks(values, scales, first_row=rows.start, first_column=columns.start)
+            buffer[target] = values.T if self.row.transpose else values
+        return buffer
+
+    def _read_orbax(self, tensors: OrbaxTensors, region: Region, dtype: np.dtype) -> np.ndarray:
+        """An Orbax checkpoint has leaves in our orientation, so that no more than the region is read."""
+        if not tensors.is_fp8(self.path):
             return tensors.reader.read(self.path, region).astype(dtype, copy=False)
         buffer = np.empty([s.stop - s.start for s in region], dtype)
-        for place, name, rows, columns in self._parts(region):
-            values = tensors.read_rows(name, rows.start, rows.stop, columns)
-            if tensors.entries[name].dtype == FP8:
-                blocks = slice(columns.start // BLOCK, -(-columns.stop // BLOCK))
-                first, last = rows.start // BLOCK, -(-rows.stop // BLOCK)
-                scales = tensors.read_rows(name + SCALE_SUFFIX, first, last, blocks)
-                values = dequantize_blocks(values, scales, first_row=rows.start, first_column=columns.start)
-            buffer[place] = values.T if self.row.transpose else values
+        stack, (rows, columns) = region[:-2], region[-2:]
+        for target in np.ndindex(buffer.shape[:-2]):
+            index = tuple(slice(s.start + i, s.start + i + 1) for s, i in zip(stack, target, strict=True))
+            values = tensors.reader.read((*self.path, VALUES), (*index, rows, columns))
+            scales = tensors.reader.read((*self.path, SCALES), (*index, _blocks(rows), _blocks(columns)))
+            buffer[target] = dequantize_blocks(
+                values.reshape(values.shape[-2:]),
+                scales.reshape(scales.shape[-2:]),
+                first_row=rows.start,
+                first_column=columns.start,
+            )
         return buffer
 
     def _read_values(self, region: Region) -> np.ndarray:
@@ -204,20 +234,20 @@ class _LeafReader:
             return self.tensors.reader.read((*self.path, part), region)
         dtype = np.dtype(np.float32) if suffix else numpy_dtype("fp8")
         buffer = np.empty([s.stop - s.start for s in region], dtype)
-        for place, name, rows, columns in self._parts(region):
+        for target, name, rows, columns in self._parts(region):
             values = self.tensors.read_rows(name + suffix, rows.start, rows.stop, columns)
-            buffer[place] = values.T if self.row.transpose else values
+            buffer[target] = values.T if self.row.transpose else values
         return buffer
 
     def _parts(self, region: Region) -> Any:
-        """(place in the buffer, released name, its rows, its columns) of every tensor the region touches."""
+        """(index into the buffer, released name, its rows, its columns) of every tensor that overlaps the region."""
         depth = len(self.row.index)
         lead, own = region[:depth], region[depth:]
         for index in itertools.product(*(range(s.start, s.stop) for s in lead)):
-            place = tuple(i - s.start for i, s in zip(index, lead, strict=True))
+            target = tuple(i - s.start for i, s in zip(index, lead, strict=True))
             matrix = own[::-1] if self.row.transpose else own
             rows, columns = matrix[0], matrix[1] if len(matrix) > 1 else slice(None)
-            yield place, self.names[index], rows, columns
+            yield target, self.names[index], rows, columns
 
 
 def _leaves(
@@ -243,5 +273,15 @@ def _leaves(
     }
 
 
-def _whole(shape: tuple[int, ...], index: tuple[slice, ...]) -> Region:
-    return tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True))
+def _bounds(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> Bounds:
+    slices = index or (slice(None),) * len(shape)
+    return tuple(s.indices(size)[:2] for s, size in zip(slices, shape, strict=True))
+
+
+def _blocks(elements: slice) -> slice:
+    """The blocks that these rows or columns overlap."""
+    return slice(elements.start // BLOCK, -(-elements.stop // BLOCK))
+
+
+def _n_elements(bounds: Bounds) -> int:
+    return math.prod(stop - start for start, stop in bounds)

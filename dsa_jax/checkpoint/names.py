@@ -1,15 +1,17 @@
 """The one table of names: Hugging Face's released tensors <-> paths in our parameter tree.
 
-A row of the tables below is a kind of tensor: its released name, its path, its shape as released ([out, in]
-for matrices), and how the release stores it ("FP8" with block scales, "BF16" or "F32"). Our matrices are the
-transpose, [in, out]; embeddings, rows of which are tokens, are not. `tensor_table` expands the kinds.
+A row of the tables below is a kind of tensor: its released name, its path, its shape as released ([out, in] for
+matrices), and how the release stores it ("FP8" with block scales, "BF16" or "F32"). Our matrices are the transpose,
+[in, out], except embeddings, which have one row per token. `tensor_table` expands the kinds.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from dsa_jax.config import ModelConfig
+from dsa_jax.fp8.e4m3 import BLOCK
 
 SCALE_SUFFIX = "_scale_inv"
 """Appended to the name of an FP8 tensor: its block scales (float32, multiplied despite the name)."""
@@ -61,8 +63,8 @@ _MTP = (
 )
 _SHARED_BY_MTP = {"mtp/embed": "embed", "mtp/head": "head"}
 
-# Leaves that stay float32 whatever config.param_dtype says: norms, router and indexer weights are small, and
-# rounding them moves selections (DeepSeek's inference/model.py keeps the same ones in float32).
+# Leaves that are float32 whatever config.param_dtype says: norms, router and indexer weights are small, and rounding
+# them changes selections (DeepSeek's inference/model.py keeps the same ones in float32).
 _FLOAT32 = (
     "norm", "attn_norm", "ffn_norm", "q_norm", "kv_norm", "embed_norm", "hidden_norm", "scale", "bias",
     "gate", "gate_bias", "weights_proj",
@@ -71,7 +73,7 @@ _FLOAT32 = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorRow:
-    """One released tensor and where it lives in our tree.
+    """One released tensor and its leaf in our tree.
 
     path: keys below "params"; index: position in the leaf's stacked leading axes, () when unstacked;
     stack: sizes of those axes ([layer] or [layer, expert]); shape: as released; transpose: our matrix is the
@@ -102,8 +104,14 @@ class TensorRow:
 def tensor_table(config: ModelConfig) -> dict[str, TensorRow]:
     """Every weight of the released layout (scales are implied by `quantized`), in release order of layers.
 
-    The MTP layer, when config has one, is layer index n_layers, as in the released checkpoint.
+    The MTP layer, when config has one, is layer index n_layers, as in the released checkpoint. The functions that
+    read one checkpoint all ask for the table of one config, so it is expanded once (V3.2: 46,493 rows, 3 seconds).
     """
+    return dict(_expanded(config))
+
+
+@functools.lru_cache(maxsize=2)
+def _expanded(config: ModelConfig) -> dict[str, TensorRow]:
     sizes = _sizes(config)
     table = _expand(_TOP, "", "", sizes)
     for layer in range(config.n_layers):
@@ -130,12 +138,12 @@ def leaf_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the scales of an FP8 matrix: one per 128 x 128 block, a ragged edge counts as a block."""
-    return tuple(-(-size // 128) for size in shape)
+    """Shape of the scales of an FP8 matrix, or of a stack: one per 128 x 128 block; a ragged edge counts as a block."""
+    return *shape[:-2], *(-(-size // BLOCK) for size in shape[-2:])
 
 
 def layer_prefix(layer: int) -> str:
-    """What the released names of a layer start with; layer n_layers is the MTP layer."""
+    """The prefix of a layer's released names; layer n_layers is the MTP layer."""
     return f"model.layers.{layer}."
 
 

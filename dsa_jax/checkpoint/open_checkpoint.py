@@ -1,4 +1,4 @@
-"""Any checkpoint folder: which kind it is, its config, its tensors."""
+"""Opens a checkpoint folder of any kind: its config and its tensors."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 class OrbaxTensors:
     """Tensors over the leaves of an Orbax checkpoint of this config; see `tensors.Tensors`.
 
-    max_chunk_bytes: refuses arrays stored in larger chunks, of which a row cannot be read without the rest.
+    max_chunk_bytes: refuses arrays stored in larger chunks, because a chunk can only be read whole.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class OrbaxTensors:
         return self.reader.bytes_read
 
     def is_fp8(self, leaf: Leaf) -> bool:
-        """Whether the leaf is kept as float8 values and scales."""
+        """Whether the leaf is stored as float8 values and scales."""
         return (*leaf, VALUES) in self.reader.leaves
 
     def read_rows(self, name: str, start: int, stop: int, columns: slice = slice(None)) -> np.ndarray:
@@ -114,7 +114,7 @@ class OrbaxTensors:
 
 
 def orbax_carried(path: Path) -> Carried:
-    """What the conversion that wrote the folder carried along; nothing for a checkpoint of other origin."""
+    """What the conversion that wrote the folder carried along; nothing for other checkpoints."""
     folder = path / CARRIED_FOLDER
     checksums = read_checksums(path)
     stored = {name: entry["source"] for name, entry in checksums.tensors.items()} if checksums else {}

@@ -25,7 +25,7 @@ _DATA = "d"
 class OrbaxWriter:
     """Writes arrays piece by piece; every `commit` is one atomic step of the store.
 
-    `state` after a commit lets `restore` go back exactly there, whatever was written later and not recorded.
+    `restore` goes back to the `state` after any commit, whatever was written later and not recorded.
     When the disk is full, `files.disk_full` is true of the exception raised.
     """
 
@@ -35,7 +35,7 @@ class OrbaxWriter:
         self._arrays: dict[Leaf, ts.TensorStore] = {}
 
     def create(self, specs: Mapping[Leaf, ArraySpec]) -> None:
-        """Creates the arrays, or opens them when they are there."""
+        """Creates the arrays, or opens those that exist."""
         with ts.Transaction(atomic=False) as transaction:
             opened = {
                 leaf: ts.open(self._spec(leaf, spec), create=True, open=True, transaction=transaction,
@@ -53,7 +53,7 @@ class OrbaxWriter:
         return {
             "driver": "zarr",
             "kvstore": array_store(self._path, ("params", *leaf)),
-            # Zeros are data: a chunk left out would still read as zeros, and a lost one would go unseen.
+            # Chunks of zeros are stored: otherwise a lost chunk would read as zeros, unnoticed.
             "store_data_equal_to_fill_value": True,
             "metadata": {
                 "shape": list(spec.shape),
@@ -71,7 +71,7 @@ class OrbaxWriter:
     def commit(self, writes: Iterable[tuple[Leaf, tuple[slice, ...], np.ndarray]]) -> ts.Future:
         """Starts one atomic commit of (leaf, region, values); call result() of what it returns."""
         transaction = ts.Transaction(atomic=False)
-        # A write whose future is dropped is cancelled: they are kept until the values are in the transaction.
+        # tensorstore cancels a write whose future is dropped: kept until the values are in the transaction.
         writing = [
             self._arrays[leaf]
             .with_transaction(transaction)[region]
@@ -106,11 +106,11 @@ class OrbaxWriter:
         return known
 
     def finish(self, specs: Mapping[Leaf, ArraySpec]) -> None:
-        """Writes what Orbax reads first; before it, Orbax finds no checkpoint here."""
+        """Writes the metadata by which Orbax recognises a checkpoint."""
         tree = {
             str(("params", *leaf)): {
                 "key_metadata": [{"key": key, "key_type": 2} for key in ("params", *leaf)],
-                # Plain arrays: restored as NumPy without a target, on any devices with one.
+                # Plain arrays: Orbax restores them as NumPy, or on the devices of a target if it is given one.
                 "value_metadata": {
                     "value_type": "np.ndarray",
                     "skip_deserialize": False,

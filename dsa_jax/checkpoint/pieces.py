@@ -1,8 +1,8 @@
-"""How released tensors are cut into pieces and laid into the leaves of the parameter tree.
+"""How released tensors are cut into pieces, and where the pieces go in the leaves of the parameter tree.
 
-A piece is a run of rows of one released tensor, at most PIECE_BYTES in the leaf. It is what a conversion
-holds in memory, one chunk of the Orbax checkpoint's arrays, and what a checksum covers. The cut depends on
-the shape and the stored form alone, never on the memory allowed, so that a resumed conversion cuts alike.
+A piece is a range of rows of one released tensor, at most PIECE_BYTES in the leaf: the unit of a conversion's memory,
+of the Orbax arrays' chunks and of checksums. The cut depends on the shape and the stored form alone, never on the
+memory allowed, so that a resumed conversion makes the same pieces.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dsa_jax.fp8.e4m3 import BLOCK
 
 PIECE_BYTES = 64 << 20
 Form = Literal["fp8", "bfloat16", "float32"]
-"""How a leaf is held: "fp8" as float8_e4m3fn values with block scales, the others as one array."""
+"""How a leaf is stored: "fp8" as float8_e4m3fn values with block scales, the others as one array."""
 _DTYPE_OF_FORM = {"fp8": FP8, "bfloat16": "BF16", "float32": "F32"}
 FORM_OF_DTYPE: dict[str, Form] = {FP8: "fp8", "BF16": "bfloat16", "F16": "bfloat16", "F32": "float32"}
 """The form whose pieces a tensor of this safetensors dtype is cut into, by the size of its elements."""
@@ -47,12 +47,12 @@ class Piece:
 
     @property
     def region(self) -> tuple[slice, ...]:
-        """Where it lies in the leaf (of an FP8 leaf, in its values)."""
+        """Its region of the leaf (of an FP8 leaf, of its values)."""
         return _region(self.row, self.start, self.stop)
 
     @property
     def scale_region(self) -> tuple[slice, ...]:
-        """Where the scales of its blocks lie in the scales of an FP8 leaf."""
+        """The region of its blocks in the scales of an FP8 leaf."""
         return _region(self.row, self.start // BLOCK, -(-self.stop // BLOCK))
 
 
@@ -69,7 +69,7 @@ def leaf_forms(
 
     dtype None keeps what is stored without loss: a leaf whose tensors are all FP8 stays FP8, one with a
     float32 or float16 tensor becomes float32. "fp8" also quantises; "bfloat16" and "float32" dequantise.
-    Norms, router and the indexer's head weights are float32 in any case.
+    Norms, router and the indexer's head weights are always float32.
     """
     if dtype is not None and dtype not in get_args(Form):
         raise ValueError(f"dtype must be None or one of {', '.join(get_args(Form))}, got {dtype!r}")
@@ -147,7 +147,7 @@ def from_leaf(array: np.ndarray, row: TensorRow) -> np.ndarray:
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:
-    """A contiguous transpose, tile by tile: a whole row of the result at a time would miss every cache."""
+    """A contiguous transpose, tile by tile: row by row, every read of the source would miss the caches."""
     result = np.empty(matrix.shape[::-1], matrix.dtype)
     # Same-sized integers: NumPy copies extension dtypes one element at a time.
     source, target = (np.ascontiguousarray(a).view(f"u{matrix.itemsize}") for a in (matrix, result))

@@ -39,7 +39,8 @@ DTYPES: dict[str, np.dtype] = {
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_AXES = 8
 _SHORTEST_SEGMENT = 512
-"""Columns of a row are read alone from this many bytes on; below it a call per row costs more than the row."""
+"""Columns are read row by row if they have at least this many bytes per row; below it, the calls cost more than whole
+rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,8 @@ class TensorEntry:
 class SafetensorsFile:
     """One open file: `entries` (name -> TensorEntry), `metadata`, `read` and `read_rows`.
 
-    bytes_read counts what was read of the tensors. Nothing is memory-mapped: pages of a map count as memory
-    of the process for as long as it lives. Raises ValueError for a file that is truncated or not a
+    bytes_read counts what was read of the tensors. Nothing is memory-mapped: mapped pages count as
+    memory of the process until it ends. Raises ValueError for a file that is truncated or not a
     well-formed safetensors file, FileNotFoundError for one that is not there.
     """
 
@@ -148,7 +149,7 @@ def _check_header(
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _malformed(path, "its __metadata__ is not an object of strings")
     entries = {name: _check_entry(path, name, entry, data_begin) for name, entry in header.items()}
-    # In order of position each tensor must begin where the one before ends: no overlap, no gap.
+    # In file order, each tensor must begin where the previous one ends: no overlap, no gap.
     expected = data_begin
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != expected:

@@ -1,4 +1,4 @@
-"""What every kind of checkpoint looks like from outside: released names, and rows of tensors on demand."""
+"""What all kinds of checkpoint have in common: released names, and rows of tensors on demand."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Tensors(Protocol):
     """A checkpoint, whatever its layout, as released tensors in their released [out, in] orientation.
 
     entries: name -> dtype and shape, block scales under the name + SCALE_SUFFIX; faults: kind of fault found
-    on opening -> what has it; unreadable: names that are announced and cannot be read, so not missing a
-    second time; bytes_read: what was read from disk so far.
+    on opening -> what has it; unreadable: names whose fault is already listed, so that they are not reported missing
+    again; bytes_read: what was read from disk so far.
     """
 
     @property
@@ -48,7 +48,7 @@ class Tensors(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Carried:
-    """What a conversion passes on beside the tensors.
+    """What a conversion carries along besides the tensors.
 
     hf_config: the parsed config.json the weights came with, None when there was none; files: tokenizer files
     and the like; stored: released name -> dtype in the checkpoint first converted.
@@ -60,7 +60,7 @@ class Carried:
 
 
 def find_faults(tensors: Tensors, config: ModelConfig, *, read_scales: bool) -> dict[str, list[str]]:
-    """All that keeps these tensors from filling exactly the leaves of config, by kind of fault.
+    """Everything that prevents these tensors from filling exactly the leaves of config, by kind of fault.
 
     read_scales also reads the block scales and finds those that are NaN, infinite or negative.
     """

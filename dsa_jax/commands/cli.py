@@ -2,7 +2,7 @@
 `verify` turn checkpoints from one layout into another and check them. `aot` (train.aot, found by its entry point)
 says ahead of time whether a run fits.
 
-Exit codes: 0 done; 1 a difference beyond the tolerance, or a fault found; 2 bad input, said in one line on standard
+Exit codes: 0 done; 1 a difference beyond the tolerance, or a fault found; 2 bad input, reported in one line on standard
 error (`--traceback` or DSA_JAX_TRACEBACK=1 shows where it arose).
 """
 
@@ -11,7 +11,7 @@ import functools
 import operator
 import sys
 from collections.abc import Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 from dsa_jax.commands.errors import run_command
@@ -57,7 +57,8 @@ class _Plugin:
     """An entry of `dsa-jax --help`; the command itself is run by `_run_plugin`."""
 
 
-def _installed() -> dict[str, EntryPoint]:
+def _installed() -> dict[str, Any]:
+    """Name -> entry point of every installed plugin."""
     return {point.name: point for point in entry_points(group="dsa_jax.commands")}
 
 

@@ -94,15 +94,15 @@ def continue_file(
 
 
 def draw(
-    model: Model, name: str, begin: str, chosen: np.ndarray, counts: np.ndarray, console: Console
+    model: Model, name: str, begin: str, selected: np.ndarray, counts: np.ndarray, console: Console
 ) -> None:
-    """Draws the two pictures: ``chosen`` [L T K] of the file, and the ``counts`` of ``reading`` for its beginning."""
+    """Draws the two pictures: ``selected`` [L T K] of the file, and the ``counts`` of ``reading`` for its beginning."""
     K, n_layers = model.config.index_topk, model.config.n_layers
     every, one = RUN_DIR / "selection.png", RUN_DIR / "reading.png"
-    draw_selection(chosen, every, f"{name}: the {K} tokens that each of its tokens reads, layer by layer")
+    draw_selection(selected, every, f"{name}: the {K} tokens that each of its tokens reads, layer by layer")
     offsets = [(0, 0), *model.tokenizer.encode(begin).offsets]  # the begin-of-text token has no text
     title = (
-        f"{name}: what one token reads before the model goes on, at most {K} of {len(counts):,} tokens in each of "
+        f"{name}: what one token reads before the model continues, at most {K} of {len(counts):,} tokens in each of "
         f"{n_layers} layers;\n{(counts == 0).mean():.0%} of the tokens are read by none of them, "
         f"{(counts == n_layers).mean():.0%} by all"
     )
@@ -132,7 +132,7 @@ def demo(file: Path, new_tokens: int, console: Console) -> bool:
     begin, prompt, greedy = continue_file(model, file, text, new_tokens, console)
 
     with console.status("checking"):
-        table, checks, chosen = agreement(model, tokens)
+        table, checks, selected = agreement(model, tokens)
         same, counts = reading(model, prompt, greedy)
     checks.append((f"{len(greedy)} tokens decoded from the cache equal one pass without a cache", same))
     console.print()
@@ -146,7 +146,7 @@ def demo(file: Path, new_tokens: int, console: Console) -> bool:
     console.print(rates)
     if jax.default_backend() == "cpu":
         console.print(SPEED_ON_A_CPU, soft_wrap=True)
-    draw(model, file.name, begin, chosen, counts, console)
+    draw(model, file.name, begin, selected, counts, console)
     console.print(NEXT, soft_wrap=True)
     console.print(f"done in {time.perf_counter() - started:.0f} s")
     return all(passed for _, passed in checks)

@@ -31,8 +31,8 @@ def agreement(model: Model, tokens: np.ndarray) -> tuple[Table, list[tuple[str, 
     row = np.zeros(ROW, np.int32)
     row[: len(tokens)] = tokens
     dense, _ = model.run("dense", row)
-    sparse, chosen = model.run("sparse", row)
-    assert chosen is not None
+    sparse, selected = model.run("sparse", row)
+    assert selected is not None
     parts = {f"the first {K} tokens": slice(0, K), f"the {last - K:,} after them": slice(K, last)}
     difference = [max_difference(sparse[part], dense[part]) for part in parts.values()]
     lines = {
@@ -53,17 +53,17 @@ def agreement(model: Model, tokens: np.ndarray) -> tuple[Table, list[tuple[str, 
         (f"with at most {K} keys to see, sparse equals dense within {EXACT:.0e}", difference[0] <= EXACT),
         ("with more, keys are left out: sparse differs", difference[1] > 100 * EXACT),
     ]
-    return table, checks, chosen[:, : len(tokens)]
+    return table, checks, selected[:, : len(tokens)]
 
 
 def reading(model: Model, prompt: tuple[int, ...], new: list[int]) -> tuple[bool, np.ndarray]:
     """Whether one pass without a cache predicts ``new``, and in how many layers the prompt's last token reads each."""
     row = np.zeros(ROW, np.int32)
     row[: len(prompt) + len(new)] = [*prompt, *new]
-    logits, chosen = model.run("sparse", row)
-    assert chosen is not None
+    logits, selected = model.run("sparse", row)
+    assert selected is not None
     predicted = logits[len(prompt) - 1 :][: len(new)].argmax(axis=-1)
-    read = chosen[:, len(prompt) - 1]
+    read = selected[:, len(prompt) - 1]
     counts = np.bincount(read[read >= 0], minlength=len(prompt))
     return bool((predicted == new).all()), counts
 

@@ -31,8 +31,8 @@ class Model:
 
     def run(self, attention: Attention, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """[T] tokens -> logits [T V], and the selected keys [L T K] of sparse attention."""
-        logits, chosen = self.program(attention, len(tokens))(self.params, tokens)
-        return np.asarray(logits), None if chosen is None else np.asarray(chosen)
+        logits, selected = self.program(attention, len(tokens))(self.params, tokens)
+        return np.asarray(logits), None if selected is None else np.asarray(selected)
 
     def program(self, attention: Attention, length: int) -> Any:
         """The compiled function (params, tokens [length]) -> (logits, selected keys or None)."""

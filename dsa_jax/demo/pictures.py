@@ -22,14 +22,14 @@ NOT_READ, QUERY = -1, -2
 SHADES = ("#fff3c4", "#ffe08a", "#ffc65c", "#ff9f45", "#f4713a", "#d43d2a")
 
 
-def draw_selection(chosen: Int[np.ndarray, "L T K"], path: Path, title: str) -> None:
+def draw_selection(selected: Int[np.ndarray, "L T K"], path: Path, title: str) -> None:
     """PNG: one panel per layer, queries downwards, keys to the right; the darker, the more of the keys are read.
 
-    chosen: the keys of every query, -1 = none. The last queries that fill no whole block are left out.
+    selected: the keys of every query, -1 = none. The last queries, if they do not fill a block, are left out.
     """
     from matplotlib.figure import Figure
 
-    n_layers, length = chosen.shape[:2]
+    n_layers, length = selected.shape[:2]
     size = -(-length // BLOCKS)
     n_blocks = length // size
     columns = min(n_layers, 3)
@@ -41,7 +41,7 @@ def draw_selection(chosen: Int[np.ndarray, "L T K"], path: Path, title: str) -> 
     edges = (0, n_blocks * size, n_blocks * size, 0)
     for layer, panel in enumerate(panels[:n_layers]):
         read = np.zeros((length, length + 1), np.float32)  # the last column takes the -1
-        np.put_along_axis(read, chosen[layer], 1.0, axis=1)
+        np.put_along_axis(read, selected[layer], 1.0, axis=1)
         part = read[: n_blocks * size, : n_blocks * size]
         share = part.reshape(n_blocks, size, n_blocks, size).mean(axis=(1, 3))
         future = np.triu(np.ones_like(share, bool), 1)

@@ -8,7 +8,7 @@ the two gate keys:
     logits                 [B T V]   float32
     layer{i}.index_scores  [B T S]   float32, -inf where query t may not see key s
     layer{i}.topk          [B T K]   key indices, a set per row; -1 and keys not visible count as absent
-    layer{i}.gate_i        [B*T A]   chosen experts, a set per row
+    layer{i}.gate_i        [B*T A]   selected experts, a set per row
     layer{i}.gate_w        [B*T A]   their weights
     layer{i}.attn, .mlp    [B T D]   what attention and the feed-forward part add to the residual stream
     layer{i}.out           [B T D]   the residual stream after the layer

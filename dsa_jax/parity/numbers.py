@@ -59,7 +59,7 @@ def topk_row(ours: np.ndarray, reference: np.ndarray, scores: np.ndarray | None)
 def expert_row(
     our_ids: np.ndarray, our_weights: np.ndarray, ids: np.ndarray, weights: np.ndarray
 ) -> dict[str, float | None]:
-    """Compares chosen experts as sets, [tokens A] each, and the weights where the sets agree."""
+    """Compares selected experts as sets, [tokens A] each, and the weights where the sets agree."""
     width = ids.shape[-1]
     our_order, order = (np.argsort(x.reshape(-1, width), axis=-1) for x in (our_ids, ids))
     equal = (

@@ -11,9 +11,8 @@ import it.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax.experimental.mosaic.gpu import utils as mosaic
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
+from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper.mosaic import arith, ir, llvm, nvvm, scf, vector
 
 FULL_WARP = 0xFFFFFFFF
 

@@ -19,14 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hopper import device
+from pallas_kernels.hopper import device, mosaic
 from pallas_kernels.hopper import thread_code as tc
+from pallas_kernels.hopper.mosaic import arith, ir, pl, plgpu
 from pallas_kernels.hopper.thread_code import Word
 from pallas_kernels.index_scores import xla
 
@@ -355,14 +352,14 @@ def _score_block(plan: _Plan, layout, warpgroup, keys, queries, w, start, stop, 
     def score_block(ctx, keys_ref, queries_ref, w, sequence, tile, block, start, stop, out, *scales):
         del ctx
         n_queries = plan.queries
-        sequence, tile, block = (Word(x.registers.item()) for x in (sequence, tile, block))
+        sequence, tile, block = (Word(*mosaic.registers(x)) for x in (sequence, tile, block))
         lane, warp = tc.thread_index() & 31, tc.thread_index() >> 5  # warps 0 .. 7 of the consumers
         # A lane holds rows lane // 4 and lane // 4 + 8 of its warp's 16 and every fourth pair of columns.
         # After the sum over the four lanes of a row it holds one of the two rows and every second query.
         key = block * BLOCK + (warp << 4) + (lane >> 2) + ((lane & 2) << 2)
         safe_key = key.minimum(plan.S - 1)
         factor = tc.load_global_float(_at(scales[0], sequence, plan.S, safe_key)) if scales else None
-        w_pairs = w.registers.flatten()
+        w_pairs = mosaic.registers(w)
         per_part = n_queries // PARTS
         for part, dots in enumerate(_multiply(plan, keys_ref, queries_ref)):
             own_queries = [
@@ -494,7 +491,7 @@ def _fill(plan: _Plan, out, sequence, tile, begin, end) -> None:
     @plgpu.inline_mgpu(arg_types=(splat,) * 4 + (plgpu.RefType(),))
     def fill(ctx, sequence, tile, begin, end, out):
         del ctx
-        sequence, tile, begin, end = (Word(x.registers.item()) for x in (sequence, tile, begin, end))
+        sequence, tile, begin, end = (Word(*mosaic.registers(x)) for x in (sequence, tile, begin, end))
         thread = tc.thread_index() & 127
         width = 4 if plan.S % 4 == 0 else 1  # words per store: rows begin on 16-byte boundaries, or not
         minus_infinity = Word(NEG_INF_BITS)

@@ -16,11 +16,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper import device
 from pallas_kernels.hopper import thread_code as tc
+from pallas_kernels.hopper.mosaic import plgpu
 from pallas_kernels.hopper.thread_code import Word
 
 MAX_K = 4096  # two teams of a block hold k + one tile of keys and indices each in shared memory

@@ -20,11 +20,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper import device
+from pallas_kernels.hopper.mosaic import pl, plgpu
 from pallas_kernels.sparse_mla.mosaic_gpu_fp8 import SCALE_BLOCK, HardwareFp8, InterpretedFp8
 from pallas_kernels.sparse_mla.mosaic_gpu_steps import (
     COLUMNS,

@@ -6,12 +6,10 @@ from memory meanwhile. The rotated columns are bfloat16 in the cache and are cop
 """
 
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm
 
+from pallas_kernels.hopper import mosaic
 from pallas_kernels.hopper import thread_code as tc
+from pallas_kernels.hopper.mosaic import arith, ir, nvvm, pl, plgpu, words
 from pallas_kernels.hopper.thread_code import Word
 from pallas_kernels.sparse_mla.mosaic_gpu_steps import (
     HALF,
@@ -24,8 +22,6 @@ from pallas_kernels.sparse_mla.mosaic_gpu_steps import (
     Hardware,
     Interpreted,
     barrier_at,
-    in_registers,
-    words,
 )
 
 SCALE_BLOCK = 128  # values that share a scale, as in DeepSeek's cache: the columns of one group
@@ -93,7 +89,7 @@ def _fetch(found, step, sources):
             f"@p ld.global.nc.b32 $0, [$1 + {4 * group}]; }}"
         )
         fetched.append(tc.ptx(text, of_scale.ir, index.ir, returns=tc.i32()))
-        return in_registers([Word(value) for value in fetched])
+        return mosaic.word_array(fetched)
 
     return fetch(found, sources[0], sources[1])
 
@@ -105,7 +101,7 @@ def _convert(fetched, step, keys, ready):
     @plgpu.inline_mgpu(arg_types=(words(STEP_WORDS), plgpu.RefType(TRANSFORMS), plgpu.RefType()))
     def convert(ctx, fetched, keys, ready):
         row, chunk = _row_and_chunk()
-        values = [tc.lane_of(register, 0) for register in fetched.registers.flat]
+        values = [tc.lane_of(register, 0) for register in mosaic.registers(fetched)]
         target = _in_tile(keys, row) ^ ((chunk * 2 ^ row % 8) * 16)
         for i in range(4):
             to = half * 4 * ROW_GROUP_BYTES + (2 * group + i // 2) * TILE_BYTES
@@ -183,7 +179,7 @@ def _copy_k_rope(found, slot, k_rope, keys, ready):
 
 
 def _indices(found, slot):
-    return [Word(tc.lane_of(register, 0)) for register in found.registers.flat[2 * slot : 2 * slot + 2]]
+    return [Word(tc.lane_of(register, 0)) for register in mosaic.registers(found)[2 * slot : 2 * slot + 2]]
 
 
 def _row_and_chunk():

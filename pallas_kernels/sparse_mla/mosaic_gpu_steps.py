@@ -9,17 +9,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import mma_utils
-from jax.experimental.mosaic.gpu import utils as mosaic
-from jax.experimental.mosaic.gpu.wgmma import wgmma_fence, wgmma_m64
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
+from pallas_kernels.hopper import mosaic
 from pallas_kernels.hopper import thread_code as tc
+from pallas_kernels.hopper.mosaic import arith, ir, llvm, nvvm, pl, plgpu, scf, words
 from pallas_kernels.hopper.thread_code import Flag, Word
 
 LATENT, ROPE = 512, 64  # kv_lora_rank and qk_rope_head_dim of V3.2 and GLM-5
@@ -38,13 +31,7 @@ NO_KEY = -3e38  # initial logit of a missing key; finite, so that no inf - inf c
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 PER_HEAD = plgpu.Layout.WGMMA.reduce(1)
 PER_KEY = plgpu.Layout.WGMMA.reduce(0)
-_ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT  # WGMMA with one register per element, as wgmma takes it
 _SCALAR = plgpu.Layout.WG_SPLAT(())
-
-
-def words(count: int):
-    """The layout of ``count`` 32-bit words per thread of a warpgroup."""
-    return plgpu.Layout.WG_STRIDED((count * 128,), vec_size=1)
 
 
 class Hardware:
@@ -70,37 +57,37 @@ class Hardware:
 
         @plgpu.inline_mgpu(
             arg_types=(
-                _ACCUMULATOR,
+                mosaic.ACCUMULATOR,
                 plgpu.Layout.WGMMA if in_registers else plgpu.RefType(TRANSFORMS),
                 plgpu.RefType(TRANSFORMS),
             ),
-            return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=_ACCUMULATOR),
+            return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=mosaic.ACCUMULATOR),
         )
         def start(ctx, acc, a, b):
-            acc = mgpu.WGMMAAccumulator.from_registers(acc)
+            acc = mosaic.WGMMAAccumulator.from_registers(acc)
             b = _recomputed(b)
             if not in_registers:
                 a = _recomputed(a)
             if half is None:
-                acc = mgpu.wgmma(acc, a, mgpu.memref_transpose(b, (1, 0, 3, 2)))._value
+                acc = mosaic.wgmma(acc, a, mosaic.memref_transpose(b, (1, 0, 3, 2)))._value
             else:
                 acc = _wgmma_half(acc._value, a, b, half)
             nvvm.wgmma_commit_group_sync_aligned()
             return acc
 
-        return start(plgpu.layout_cast(acc, _ACCUMULATOR), a, b)
+        return start(plgpu.layout_cast(acc, mosaic.ACCUMULATOR), a, b)
 
     @staticmethod
     def finish_matmul(acc):
         """Waits for every product in flight."""
 
         @plgpu.inline_mgpu(
-            arg_types=(_ACCUMULATOR,),
-            return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=_ACCUMULATOR),
+            arg_types=(mosaic.ACCUMULATOR,),
+            return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=mosaic.ACCUMULATOR),
         )
         def finish(ctx, acc):
             nvvm.wgmma_wait_group_sync_aligned(0)
-            return mgpu.fragmented_array.optimization_barrier(acc)
+            return mosaic.optimization_barrier(acc)
 
         return plgpu.layout_cast(finish(acc), plgpu.Layout.WGMMA)
 
@@ -116,19 +103,18 @@ class Hardware:
             one = arith.constant(ir.F32Type.get(), 1.0)
             changed = [
                 Flag(arith.cmpf(arith.CmpFPredicate.UNE, tc.lane_of(register, 0), one))
-                for register in factor.registers.flat
+                for register in mosaic.registers(factor)
             ]
             own = functools.reduce(lambda x, y: x | y, changed).word()
             vote = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
             any_changed = Word(0) < Word(tc.ptx(vote, own.ir, returns=tc.i32()))
-            branch = scf.IfOp(any_changed.ir, [r.type for r in acc.registers.flat], has_else=True)
+            branch = scf.IfOp(any_changed.ir, [r.type for r in mosaic.registers(acc)], has_else=True)
             with ir.InsertionPoint(branch.then_block):
                 scaled = acc * factor.broadcast_in_dim(acc.shape, (0,), acc.layout)
-                scf.yield_(list(scaled.registers.flat))
+                scf.yield_(mosaic.registers(scaled))
             with ir.InsertionPoint(branch.else_block):
-                scf.yield_(list(acc.registers.flat))
-            registers = np.array(list(branch.results), dtype=object).reshape(acc.registers.shape)
-            return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
+                scf.yield_(mosaic.registers(acc))
+            return mosaic.with_registers(acc, branch.results)
 
         return multiply(acc, factor)
 
@@ -148,7 +134,7 @@ class Hardware:
             row = lane % 8
             group = thread // 32 * 2 + lane // 8 % 2
             base = tc.shared_address(p_ref) + (group * (2 * strides[0]) + row * 128)
-            registers = [mosaic.bitcast(register, tc.i32()) for register in p16.registers.flat]
+            registers = [mosaic.bitcast(register, tc.i32()) for register in mosaic.registers(p16)]
             for block in range(2):
                 chunk = lane // 16 + (4 * half + 2 * block)
                 address = base + (chunk ^ row) * 16
@@ -192,7 +178,7 @@ class Hardware:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR))
         def wait(ctx, ready, parity):
             nvvm.mbarrier_try_wait_parity(
-                barrier_at(ready, index), parity.registers.flat[0], Word(10_000_000).ir
+                barrier_at(ready, index), mosaic.registers(parity)[0], Word(10_000_000).ir
             )
 
         wait(ready, round_ & 1)
@@ -209,7 +195,7 @@ class Hardware:
             return_type=plgpu.ShapeDtypeStruct((count * 128,), jnp.int32, layout=words(count)),
         )
         def load(ctx, indices, start):
-            first = Word(start.registers.flat[0]) + tc.thread_index() % 128 // self.threads_per_row
+            first = Word(*mosaic.registers(start)) + tc.thread_index() % 128 // self.threads_per_row
             base = tc.global_address(indices)
             found = []
             for i in range(count):
@@ -218,7 +204,7 @@ class Hardware:
                 address = base.plus(inside.select(position, 0), 4)
                 index = tc.ptx("ld.global.nc.b32 $0, [$1];", address.ir, returns=tc.i32())
                 found.append(inside.select(Word(index), -1))
-            return in_registers(found)
+            return mosaic.word_array([index.ir for index in found])
 
         return load(indices, start)
 
@@ -265,7 +251,7 @@ class Hardware:
             # ^ for +: given a uniform base, ptxas 13.5 writes [R + UR] beside a cache policy, which Hopper refuses
             target = target ^ ((chunk ^ (row % 8)) * 16)
             latent, k_rope = (tc.global_address(ref).plus(chunk, 16) for ref in (latent, k_rope))
-            indices = [Word(tc.lane_of(r, 0)) for r in found.registers.flat[4 * slot : 4 * slot + 4]]
+            indices = [Word(tc.lane_of(r, 0)) for r in mosaic.registers(found)[4 * slot : 4 * slot + 4]]
             missing = [index.signed_less(0) for index in indices]
             policy = tc.ptx("createpolicy.fractional.L2::evict_last.b64 $0, 1.0;", returns=tc.i64())
             barriers = [barrier_at(ready, 4 * slot + 2 * part + i) for i in range(2)]
@@ -374,28 +360,28 @@ def _half(half: int) -> slice:
 
 
 def _wgmma_half(acc, a, b, half):
-    """acc += a @ b over 32 of b's 64 rows; ``mgpu.wgmma`` takes no less than 64."""
+    """acc += a @ b over 32 of b's 64 rows; ``mosaic.wgmma`` takes no less than 64."""
 
     def descriptor(operand, group_size, logical_k_major):
-        (base, strides), _, fastest = mma_utils.create_descriptor(
+        (base, strides), _, fastest = mosaic.create_descriptor(
             operand, swizzle=128, large_tile=(64, 64), group_size=group_size, logical_k_major=logical_k_major
         )
         stride = strides[1][0]  # bytes from one instruction's 16 keys to the next
-        start = arith.constant(tc.i64(), mma_utils.encode_addr(2 * half * stride))
+        start = arith.constant(tc.i64(), mosaic.encode_addr(2 * half * stride))
         return llvm.add(base, start, overflow_flags=llvm.IntegerOverflowFlags.none), stride, fastest
 
     b, b_stride, b_fastest = descriptor(b, (64, HALF), True)
-    if isinstance(a, mgpu.FragmentedArray):
-        a, a_stride, a_transpose = wgmma_fence(a), None, None
+    if isinstance(a, mosaic.FragmentedArray):
+        a, a_stride, a_transpose = mosaic.wgmma_fence(a), None, None
     else:
         a, a_stride, a_fastest = descriptor(a, (64, 64), False)
-        a_transpose = a_fastest != mma_utils.Dim.K
-    registers = wgmma_m64(
+        a_transpose = a_fastest != mosaic.Dim.K
+    registers = mosaic.wgmma_m64(
         acc.registers.copy(),
         a,
         b,
         a_transpose=a_transpose,
-        b_transpose=b_fastest != mma_utils.Dim.K,
+        b_transpose=b_fastest != mosaic.Dim.K,
         a_k_stride=a_stride,
         b_k_stride=b_stride,
         n=HALF,
@@ -403,14 +389,7 @@ def _wgmma_half(acc, a, b, half):
         a_element_type=ir.BF16Type.get(),
         b_element_type=ir.BF16Type.get(),
     )
-    return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
-
-
-def in_registers(values):
-    """The int32 array that has these Words in each thread, in the layout ``words``."""
-    register_type = ir.VectorType.get((1,), tc.i32())
-    registers = np.array([vector.broadcast(register_type, value.ir) for value in values], dtype=object)
-    return mgpu.FragmentedArray(_registers=registers, _layout=words(len(values)).to_mgpu(), _is_signed=True)
+    return mosaic.with_registers(acc, registers.flat)
 
 
 def _recomputed(memref):

@@ -1,4 +1,4 @@
-"""What compiles, for which chip, and how much memory it asks for. Nothing here is run."""
+"""What compiles for which chip, and how much memory it needs. Nothing is run here."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ ALWAYS = {("tpu7x", "mqa")}  # the others take `make test-all`
 
 @functools.cache
 def one_chip(name):
-    """A sharding onto one chip of a TPU topology that need not exist here."""
+    """A sharding onto one chip of a TPU topology, which need not be present."""
     pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'dsa-jax[tpu]'")
     topology = topologies.get_topology_desc(platform="tpu", topology_name=ALL_CHIPS[name])
     mesh = jax.sharding.Mesh(topology.devices[:1], ("chip",))
@@ -71,7 +71,7 @@ def test_forward_decode_and_gradient_compile_for_tpu(chip, form):
     "chip", [pytest.param(chip, marks=() if chip == "v6e" else pytest.mark.slow) for chip in ALL_CHIPS]
 )
 def test_experts_compile_for_tpu_and_multiply_each_row_once(chip):
-    """At V3.2's sizes, gradient included; "highest" is what `compare` asks for, and no precision of bfloat16."""
+    """At V3.2's sizes, with gradients. `compare` sets the precision "highest", which bfloat16 products do not have."""
     (M, D, F), E = (4096, 7168, 2048), 8
     of = jax.ShapeDtypeStruct
 

@@ -1,4 +1,4 @@
-"""ModelConfig: derived numbers of the released models, and the refusal of contradictions."""
+"""ModelConfig: derived numbers of the released models, and errors for contradictory values."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from dsa_jax.config import Fp8Config, ModelConfig, YarnConfig, deepseek_v32, glm
 
 @pytest.fixture
 def no_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As users run it: our own code refuses a wrongly typed value, without the tests' type checks."""
+    """As users run it: without the tests' type checks, our own code must raise on a value of the wrong type."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -110,7 +110,7 @@ def test_a_contradiction_is_refused_with_both_values(changes, words, no_type_che
         (lambda: Fp8Config(scale_fmt="e8m0"), ["scale_fmt", "ue8m0", "e8m0"]),
     ],
 )
-def test_yarn_and_fp8_refuse_values_that_cannot_be(make, words, no_type_checks) -> None:
+def test_yarn_and_fp8_refuse_impossible_values(make, words, no_type_checks) -> None:
     with pytest.raises(ValueError) as error:
         make()
     assert all(word in str(error.value) for word in words), str(error.value)

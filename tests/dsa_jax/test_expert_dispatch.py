@@ -1,4 +1,4 @@
-"""Tokens exchanged between the devices of the experts: the same sums as on one device, whatever the experts are."""
+"""Dispatch and combine: the same sums and gradients as on one device, whichever experts the tokens choose."""
 
 import functools
 
@@ -9,15 +9,15 @@ import pytest
 
 from dsa_jax import expert_dispatch
 from dsa_jax.config import tiny
-from dsa_jax.expert_dispatch import FEWEST, buffer_rows
+from dsa_jax.expert_dispatch import MIN_CAPACITY, capacity_and_rounds
 from dsa_jax.moe import Moe, moe
 from dsa_jax.sharding import expert_devices, make_mesh
 
-CONFIG = tiny(d_model=32, d_expert=16, dtype="float32")  # 8 experts in 4 groups, 3 for a token
+CONFIG = tiny(d_model=32, d_expert=16, dtype="float32")  # 8 experts in 4 groups, 3 per token
 BIAS = {
     "as they come": np.zeros(8),
-    "all for the first device": np.r_[[9, 9, 9, 9], [0] * 4],
-    "all for the last device, of two groups": np.r_[[0] * 4, [9, 9, 9, 9]],
+    "all on the first device": np.r_[[9, 9, 9, 9], [0] * 4],
+    "all on the last device, from two groups": np.r_[[0] * 4, [9, 9, 9, 9]],
     "one expert in every choice": np.r_[[0] * 5, 9, [0] * 2],
 }
 
@@ -51,34 +51,33 @@ def run(T, bias, mesh=None):
 @pytest.mark.parametrize("bias", BIAS)
 def test_sums_and_gradients_are_those_of_one_device(bias):
     T = 24
-    exchanged = run(T, BIAS[bias], make_mesh(expert=2, tensor=2, devices=jax.devices()[:4]))
+    dispatched = run(T, BIAS[bias], make_mesh(expert=2, tensor=2, devices=jax.devices()[:4]))
     alone = run(T, BIAS[bias])
-    if "all" in bias:  # the case does what it says: more rounds than one
+    if "all" in bias:  # the case needs more than one round, as intended
         load = alone[0][1][2]
-        assert sorted(load)[:4] == [0] * 4 and load.sum() > buffer_rows(2 * T, 3, 4, 2)[0]
-    for ours, expected in zip(jax.tree.leaves(exchanged), jax.tree.leaves(alone), strict=True):
+        assert sorted(load)[:4] == [0] * 4 and load.sum() > capacity_and_rounds(2 * T, 3, 4, 2)[0]
+    for ours, expected in zip(jax.tree.leaves(dispatched), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
 
 
 @pytest.mark.devices(2, 4, 8)
-def test_blocks_of_tokens_of_which_the_last_is_padded(monkeypatch):
-    monkeypatch.setattr(
-        expert_dispatch, "BLOCK_BYTES", 2 * 8 * 3 * CONFIG.d_model * 4
-    )  # 8 of 20 tokens of 2 rows
-    exchanged = run(20, BIAS["as they come"], make_mesh(expert=2, devices=jax.devices()[:2]))
-    for ours, expected in zip(*(jax.tree.leaves(x) for x in (exchanged, run(20, np.zeros(8)))), strict=True):
+def test_tokens_in_blocks_the_last_one_padded(monkeypatch):
+    eight_of_twenty = 2 * 8 * 3 * CONFIG.d_model * 4  # bytes of 8 tokens of each of 2 rows
+    monkeypatch.setattr(expert_dispatch, "BLOCK_BYTES", eight_of_twenty)
+    dispatched = run(20, BIAS["as they come"], make_mesh(expert=2, devices=jax.devices()[:2]))
+    for ours, expected in zip(*(jax.tree.leaves(x) for x in (dispatched, run(20, np.zeros(8)))), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
 
 
 @pytest.mark.devices(4, 8)
-def test_one_token_a_device():
-    exchanged = run(1, BIAS["as they come"], make_mesh(expert=4, devices=jax.devices()[:4]))
-    for ours, expected in zip(*(jax.tree.leaves(x) for x in (exchanged, run(1, np.zeros(8)))), strict=True):
+def test_one_token_per_device():
+    dispatched = run(1, BIAS["as they come"], make_mesh(expert=4, devices=jax.devices()[:4]))
+    for ours, expected in zip(*(jax.tree.leaves(x) for x in (dispatched, run(1, np.zeros(8)))), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
 
 
 @pytest.mark.devices(8)
-def test_tokens_that_all_devices_have_are_not_exchanged():
+def test_tokens_that_all_devices_have_are_not_dispatched():
     with jax.set_mesh(make_mesh(expert=8)):
         assert expert_devices(8) == 8 and expert_devices(4) == 1
     assert expert_devices(8) == 1
@@ -86,8 +85,8 @@ def test_tokens_that_all_devices_have_are_not_exchanged():
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 4096])
 @pytest.mark.parametrize(("A", "n_held", "n_devices"), [(8, 4, 64), (8, 128, 2), (3, 1, 8), (1, 1, 2)])
-def test_the_rounds_take_all_tokens_to_one_device(tokens, A, n_held, n_devices):
-    rows, rounds = buffer_rows(tokens, A, n_held, n_devices)
-    most = tokens * min(A, n_held)
-    assert rows * rounds >= most > rows * (rounds - 1)
-    assert rows <= max(FEWEST, 2 * tokens * A // n_devices)
+def test_enough_rounds_even_if_all_tokens_go_to_one_device(tokens, A, n_held, n_devices):
+    capacity, rounds = capacity_and_rounds(tokens, A, n_held, n_devices)
+    longest = tokens * min(A, n_held)
+    assert capacity * rounds >= longest > capacity * (rounds - 1)
+    assert capacity <= max(MIN_CAPACITY, 2 * tokens * A // n_devices)

@@ -1,4 +1,4 @@
-"""Generation equals the model run by hand; sampling draws what it says."""
+"""Generation equals calling the model directly; sampling follows its settings."""
 
 import collections
 
@@ -41,7 +41,9 @@ def test_stop_tokens_end_their_row_only():
     prompts = [PROMPT[:3], PROMPT[:40]]
     free = generate(PARAMS, CONFIG, prompts, max_new_tokens=6)
     stop = free[0][2]
-    assert stop not in free[1] and stop not in free[0][:2], "the example must not stop elsewhere"
+    assert stop not in free[1] and stop not in free[0][:2], (
+        "the stop token must occur only once in this example"
+    )
     steps = list(stream(PARAMS, CONFIG, prompts, max_new_tokens=6, stop_tokens=[stop]))
     assert [step[0] for step in steps] == [*free[0][:3], None, None, None]
     assert [step[1] for step in steps] == free[1]
@@ -68,7 +70,7 @@ def test_truncation_keeps_the_smallest_sufficient_set():
     assert kept(logits, top_p=0.35) == [1]
     assert kept(logits, top_p=0.65) == [1, 3]
     assert kept(logits, top_p=0.75) == [1, 2, 3]
-    assert kept(logits, top_k=3, top_p=0.5) == [1, 3]  # top_p counts what top_k left
+    assert kept(logits, top_k=3, top_p=0.5) == [1, 3]  # top_p applies to what top_k left
     assert kept(logits, top_p=1e-9) == [1]
     assert kept([0.0, 0.0, 0.0], top_k=2) == [0, 1]
 

@@ -1,4 +1,4 @@
-"""The indexer's loss inside the model: PyTorch's numbers, forms that agree, and gradients that stay inside."""
+"""The index loss (L_I) in the model: PyTorch's numbers, the same in both forms, gradients for the indexer alone."""
 
 import dataclasses
 import functools
@@ -83,7 +83,7 @@ def test_padding_adds_nothing():
     np.testing.assert_allclose(loss, kl.sum(), rtol=1e-5)
 
 
-def test_the_loss_is_off_unless_asked_for():
+def test_the_index_loss_is_computed_only_if_config_asks_for_it():
     model = Transformer(dataclasses.replace(CONFIG, index_loss=False))
     assert "index_loss" not in jax.eval_shape(model.apply, PARAMS, TOKENS)[2]
     with pytest.raises(ValueError, match="needs index_loss=True, got False"):

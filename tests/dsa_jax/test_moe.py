@@ -1,4 +1,4 @@
-"""Routing on tables small enough to check by eye, and the mixture against a loop over tokens."""
+"""Routing on tables small enough to check by hand, and the MoE layer against a loop over tokens."""
 
 import dataclasses
 
@@ -20,15 +20,15 @@ def chosen(scores, bias, config=FOUR):
     return sorted(zip(experts[0].tolist(), weights[0].tolist(), strict=True))
 
 
-def test_the_bias_chooses_and_never_weighs():
-    # without bias: group (0, 1) wins; with it: group (2, 3). The weights are the bare scores, normalised, x 2.5.
+def test_the_bias_changes_the_choice_and_not_the_weights():
+    # without bias: group (0, 1) wins; with it: group (2, 3). Weights: scores without bias, normalised, x 2.5.
     assert [e for e, _ in chosen([0.6, 0.5, 0.4, 0.3], [0.0, 0.0, 0.0, 0.0])] == [0, 1]
     (a, wa), (b, wb) = chosen([0.6, 0.5, 0.4, 0.1], [0.0, 0.0, 1.0, 1.0])
     assert (a, b) == (2, 3)
     assert (wa, wb) == (pytest.approx(2.5 * 0.8), pytest.approx(2.5 * 0.2))
 
 
-def test_a_group_counts_by_its_two_best_not_by_its_best():
+def test_a_group_is_scored_by_its_two_best_experts():
     eight = dataclasses.replace(FOUR, n_routed_experts=8)
     assert [e for e, _ in chosen([0.9, 0.1, 0.1, 0.1, 0.6, 0.5, 0.1, 0.1], [0.0] * 8, eight)] == [4, 5]
 
@@ -38,7 +38,7 @@ def test_negative_biases_do_not_let_masked_groups_in():
     assert [e for e, _ in chosen([0.6, 0.5, 0.4, 0.3], [-1.0, -1.0, -2.0, -2.0])] == [0, 1]
 
 
-def test_one_group_is_plain_topk_and_normalisation_is_a_switch():
+def test_one_group_is_a_plain_top_k_and_normalisation_is_optional():
     plain = dataclasses.replace(FOUR, n_expert_groups=1, n_limited_groups=1, norm_topk_prob=False)
     assert chosen([0.2, 0.5, 0.4, 0.3], [0.0] * 4, plain) == [
         (1, pytest.approx(1.25)),
@@ -84,7 +84,7 @@ def test_mixture_equals_a_loop_over_tokens_and_drops_none(skewed):
 
 
 def balance_by_a_loop(scores, experts, valid):
-    """sum_i f_i P_i, row by row, as equations 17 to 20 of the DeepSeek-V3 report say it."""
+    """sum_i f_i P_i, row by row, from equations 17 to 20 of the DeepSeek-V3 report."""
     B, T, E = scores.shape
     A = experts.shape[-1]
     rows = np.zeros(B)
@@ -97,7 +97,7 @@ def balance_by_a_loop(scores, experts, valid):
     return rows
 
 
-def test_balance_loss_equals_a_loop_and_leaves_padding_out():
+def test_balance_loss_equals_a_loop_and_ignores_padding():
     rng = np.random.default_rng(1)
     scores = rng.uniform(0.05, 1.0, (3, 7, 8)).astype(np.float32)
     experts = np.stack([rng.permutation(8)[:3] for _ in range(21)]).reshape(3, 7, 3).astype(np.int32)
@@ -107,7 +107,7 @@ def test_balance_loss_equals_a_loop_and_leaves_padding_out():
     np.testing.assert_allclose(ours, balance_by_a_loop(scores.astype(np.float64), experts, valid), rtol=1e-5)
 
 
-def test_balance_loss_is_1_when_even_and_more_when_few_experts_get_all():
+def test_balance_loss_is_1_for_even_loads_and_more_for_uneven_ones():
     even = jnp.asarray([[[0, 1], [2, 3]]], jnp.int32)
     everywhere = jnp.ones((1, 2), bool)
     np.testing.assert_allclose(balance_loss(jnp.full((1, 2, 4), 0.3), even, everywhere), 1.0, rtol=1e-6)

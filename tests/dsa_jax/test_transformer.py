@@ -1,7 +1,8 @@
-"""Properties of the whole model: forms, caches, padding, packing, gradients, sizes."""
+"""Properties of the whole model: forms, caches, padding, packing, gradients, logits, sizes."""
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def close(a, b, atol=2e-5):
 
 @pytest.mark.parametrize("prompt", [1, 15, 16, 17, 40])
 def test_decode_equals_the_full_forward(prompt):
-    """Prompts below, at, just above and far above index_topk, then one token at a time across it."""
+    """Prompts below, at, just above and far above index_topk, then one token per step past it."""
     cached, cache = cached_run(TOKENS, [prompt] + [1] * (64 - prompt))
     close(cached, logits_of(TOKENS))
     assert cache.length.tolist() == [64, 64]
@@ -79,13 +80,11 @@ def test_padded_rows_equal_the_rows_alone():
         assert np.isfinite(padded).all()
         cached, cache = cached_run(tokens, [20, 20, 24], segment_ids=ids)
         close(cached[1:, where], alone)
-        assert cache.length.tolist() == [
-            64,
-            37 if where.start == 0 else 64 - 20,
-        ]  # a call of padding takes no slot
+        # a call with nothing but padding takes no slot
+        assert cache.length.tolist() == [64, 37 if where.start == 0 else 64 - 20]
 
 
-def test_decode_goes_on_after_padding_of_either_side():
+def test_decoding_continues_after_padding_on_either_side():
     short, next_tokens = TOKENS[:, :30], TOKENS[:, 30:36]
     pad = jnp.zeros((2, 10), jnp.int32)
     one, zero = jnp.ones_like(short), jnp.zeros_like(pad)
@@ -103,9 +102,8 @@ def test_decode_goes_on_after_padding_of_either_side():
 @pytest.mark.parametrize("form", [pytest.param("mha", marks=pytest.mark.slow), "mqa"])
 def test_packed_documents_equal_the_documents_alone(form):
     lengths = [20, 1, 43]
-    ids = jnp.asarray(np.repeat([3, 1, 3], lengths))[None].repeat(
-        2, 0
-    )  # equal ids, not adjacent: two documents
+    ids = np.repeat([3, 1, 3], lengths)  # equal ids that are not adjacent are two documents
+    ids = jnp.asarray(ids)[None].repeat(2, 0)
     packed = logits_of(TOKENS, segment_ids=ids, attention_form=form)
     cached, _ = cached_run(TOKENS, [30, 34], segment_ids=ids, attention_form=form)
     begin = 0
@@ -157,7 +155,7 @@ def test_no_gradient_of_the_loss_reaches_the_indexer():
     for stack in ("dense_layers", "moe_layers"):
         assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient[stack]["attn"]["indexer"]))
     assert np.abs(gradient["moe_layers"]["attn"]["wq_a"]).max() > 0
-    assert (gradient["moe_layers"]["ffn"]["gate_bias"] == 0).all()  # moved by its own rule, not by the loss
+    assert (gradient["moe_layers"]["ffn"]["gate_bias"] == 0).all()  # updated by its own rule, not by the loss
 
 
 def test_bfloat16_stays_near_float32():
@@ -165,13 +163,13 @@ def test_bfloat16_stays_near_float32():
     assert np.linalg.norm(rounded - reference) < 0.05 * np.linalg.norm(reference)
 
 
-def test_a_row_that_outgrows_its_cache_says_so():
+def test_a_row_that_outgrows_its_cache_gets_nan_logits():
     ids = jnp.ones_like(TOKENS).at[1, 40:].set(0)
     logits, _ = cached_run(TOKENS, [64], segment_ids=ids, capacity=48)
     assert np.isnan(logits[0]).all() and np.isfinite(logits[1]).all()
 
 
-def test_mtp_decodes_with_its_own_cache_as_it_runs_at_once():
+def test_mtp_with_its_own_cache_equals_one_call():
     model = Transformer(CONFIG)
     hidden = jax.jit(model.apply)(PARAMS, TOKENS)[2]["hidden"][:, :-1]
     run = jax.jit(lambda p, h, t, cache: model.apply(p, h, t, cache=cache, method="mtp_logits")[:2])
@@ -184,6 +182,38 @@ def test_mtp_decodes_with_its_own_cache_as_it_runs_at_once():
         begin += size
 
 
+@pytest.mark.parametrize("mtp_hidden", ["post_norm", "pre_norm"])
+def test_logits_are_the_product_of_the_final_hidden_state_and_the_head(mtp_hidden):
+    model, tree = Transformer(dataclasses.replace(CONFIG, mtp_hidden=mtp_hidden)), PARAMS["params"]
+    apply = jax.jit(model.apply, static_argnames=("return_logits", "method"))
+    logits, _, _ = apply(PARAMS, TOKENS)
+    none, _, aux = apply(PARAMS, TOKENS, return_logits=False)
+    assert none is None
+    close(aux["final_hidden"] @ tree["head"], logits)
+
+    inputs = aux["hidden"][:, :-1], TOKENS[:, 1:]
+    logits, _, _ = apply(PARAMS, *inputs, method="mtp_logits")
+    none, _, aux = apply(PARAMS, *inputs, method="mtp_logits", return_logits=False)
+    assert none is None
+    close(aux["final_hidden"] @ tree["mtp"]["head"], logits)
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_without_logits_nothing_of_the_head_is_computed(return_logits):
+    """The result of no operation has the vocabulary as its last axis; with logits, that of one has."""
+    model = Transformer(dataclasses.replace(CONFIG, vocab_size=509))  # a size that nothing else has
+    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    program = jax.jit(functools.partial(model.apply, return_logits=return_logits)).lower(params, TOKENS)
+    assert bool(re.search(r"\[(\d+,)*509\]", program.compile().as_text())) == return_logits
+
+
+def test_a_row_that_outgrows_its_cache_gets_a_nan_hidden_state():
+    ids = jnp.ones_like(TOKENS).at[1, 40:].set(0)
+    run = jax.jit(functools.partial(Transformer(CONFIG).apply, return_logits=False))
+    _, _, aux = run(PARAMS, TOKENS, segment_ids=ids, cache=init_cache(CONFIG, 2, 48))
+    assert jnp.isnan(aux["final_hidden"][0]).all() and jnp.isfinite(aux["final_hidden"][1]).all()
+
+
 def test_capture_and_inputs_are_checked():
     model = Transformer(CONFIG)
     with pytest.raises(ValueError, match=r"capture must name some of .* got \['scores'\]"):
@@ -192,6 +222,8 @@ def test_capture_and_inputs_are_checked():
         Transformer(dataclasses.replace(CONFIG, attention="dense")).apply(
             PARAMS, TOKENS, capture=("topk_indices",)
         )
+    with pytest.raises(ValueError, match="logits_at needs return_logits=True, got False"):
+        model.apply(PARAMS, TOKENS, logits_at=jnp.zeros(2, jnp.int32), return_logits=False)
     with pytest.raises(ValueError, match=r"tokens must be integers of shape \[B T\], got float32"):
         model.apply(PARAMS, TOKENS.astype(jnp.float32))
     with pytest.raises(

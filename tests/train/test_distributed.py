@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental import multihost_utils
 from rich.console import Console
 
 import train.__main__ as command
@@ -144,19 +143,19 @@ def test_two_processes_of_which_one_is_killed_have_the_curve_of_one_process(tmp_
     metrics = folder / METRICS_FILE
     first.wait_until(lambda: metrics.is_file() and len(read_lines(metrics)) >= 10)
     second.kill()
-    first.ends(1, 40, f"^python -m train: process 1 of 2 was not heard of for 10 s; {AGAIN}")
+    first.ends(1, 40, f"^python -m train: process 1 of 2 sent no heartbeat for 10 s; {AGAIN}")
 
     first, second = start(folder, *flags)
-    first.wait_until(lambda: re.search("going on after step (4|8|12|16) of 20", first.said()))
+    first.wait_until(lambda: re.search("resuming after step (4|8|12|16) of 20", first.said()))
     second.running.send_signal(signal.SIGTERM)  # heard of while the step compiles
     saved = "a process was asked to end; the checkpoint of step ([0-9]+) is in"
     for process in (first, second):
         process.ends(1, 200, f"^python -m train: .*{saved}")
-    assert "going on" not in second.said() and "KL " not in second.said()  # the first one speaks
+    assert "resuming" not in second.said() and "KL " not in second.said()  # the first one speaks
 
     for process in (again := start(folder, *flags)):
         process.ends(0, 200)
-    assert f"going on after step {re.search(saved, first.said())[1]} of 20" in again[0].said()
+    assert f"resuming after step {re.search(saved, first.said())[1]} of 20" in again[0].said()
     together = curve(folder)
     close(together, alone(tmp_path / "mesh", mesh=MeshSpec(**MESH)), rtol=1e-6)
     close(together, alone(tmp_path / "one"), rtol=1e-5)
@@ -170,7 +169,7 @@ def test_a_process_that_does_not_come_is_waited_for_no_longer_than_said(tmp_path
 def test_processes_that_were_started_differently_say_in_what(tmp_path):
     flags_of = (("--mesh.tensor", "2"), ("--mesh.tensor", "4", "--run.batch", "16"))
     first, second = start(tmp_path / "run", "--heartbeat-timeout", "5", flags_of=flags_of)
-    alike = "^python -m train: the processes of a run must be started alike: "
+    alike = "^python -m train: all processes of a run must be started with the same options: "
     first.ends(
         2,
         40,
@@ -191,9 +190,7 @@ def test_processes_told_different_numbers_of_processes_say_so(tmp_path):
 
 def test_an_id_that_the_coordinator_does_not_expect_is_refused(tmp_path):
     first, second = start(tmp_path / "run", "--start-timeout", "10", ids=(0, 2), counts=(2, 3))
-    second.ends(
-        1, 40, "^python -m train: the coordinator refused this process, for the reason above: has every"
-    )
+    second.ends(1, 40, "^python -m train: the coordinator refused this process for the reason above: do all")
     first.ends(1, 40, "waited 10 s for all others")
 
 
@@ -221,11 +218,9 @@ def test_a_folder_that_another_host_does_not_see_is_refused_there_and_here(tmp_p
     """As process 1 of two sees it, while process 0 writes to a disk of its own."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda name: None)
-    monkeypatch.setattr(multihost_utils, "process_allgather", lambda seen: np.array([1, seen]))
-    with pytest.raises(
-        ValueError, match=r"must lie on a disk that all .* share: .* processes \[1\] do not see"
-    ):
+    monkeypatch.setattr("train.distributed.sync_global_devices", lambda name: None)
+    monkeypatch.setattr("train.distributed.process_allgather", lambda seen: np.array([1, seen]))
+    with pytest.raises(ValueError, match=r"must be on a disk that all .* share; processes \[1\] do not see"):
         check_shared(tmp_path)
 
 
@@ -244,7 +239,8 @@ def test_several_processes_of_slurm_without_the_flag_are_refused(monkeypatch, ca
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     assert command.main(["nano_cpu"]) == 2
     assert (
-        "srun started 4 processes, which would all do the same: give --distributed" in capsys.readouterr().err
+        "srun started 4 processes, each of which would train the whole run: give --distributed"
+        in capsys.readouterr().err
     )
 
 

@@ -81,7 +81,7 @@ def test_a_rank_that_saves_nothing_is_refused(rank):
     if rank < CONFIG.d_expert:
         assert adapted(rank=rank)["lora"]
         return
-    with pytest.raises(ValueError, match=rf"rank must be below both sides of .*, got {rank} >= \("):
+    with pytest.raises(ValueError, match=rf"rank must be below both dimensions of .*, got {rank} >= \("):
         adapted(rank=rank)
 
 

@@ -1,4 +1,4 @@
-"""Each part of the loss against an independent computation, and what documents may know of each other."""
+"""Each part of the loss against an independent computation, and the separation of packed documents."""
 
 import dataclasses
 import functools
@@ -28,9 +28,8 @@ def naive(hidden, head, targets):
     return -(chosen * (targets >= 0)).sum()
 
 
-@pytest.mark.parametrize(
-    "workspace", [1, 4 * 3 * 17 * 4, 2**28]
-)  # blocks of 1, of 4 (11 = 4 + 4 + 3), of all
+# blocks of 1 token, of 4 (11 = 4 + 4 + 3), of all
+@pytest.mark.parametrize("workspace", [1, 4 * 3 * 17 * 4, 2**28])
 def test_blocked_cross_entropy_and_its_gradients_are_the_naive_ones(monkeypatch, workspace):
     monkeypatch.setattr(blocking, "WORKSPACE_BYTES", workspace)
     rng = np.random.default_rng(0)
@@ -45,13 +44,13 @@ MESHES = [{"data": 2, "context": 2, "tensor": 2}, {"data": 2, "context": 4}, {"e
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("n_words", [240, 171])  # 171: every device has all words
+@pytest.mark.parametrize("n_vocab", [240, 171])  # 171: every device has the whole vocabulary
 @pytest.mark.parametrize("axes", MESHES, ids=str)
-def test_on_a_mesh_every_device_blocks_its_own_tokens_and_words(monkeypatch, axes, n_words):
+def test_on_a_mesh_every_device_has_its_own_tokens_and_vocabulary(monkeypatch, axes, n_vocab):
     rng = np.random.default_rng(0)
-    hidden, head = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 32, 8), (8, n_words)))
-    hidden *= 10  # so that the parts of a log-sum-exp are far apart
-    targets = jnp.asarray(rng.integers(n_words, size=(4, 32)), jnp.int32).at[:, ::4].set(-1)
+    hidden, head = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 32, 8), (8, n_vocab)))
+    hidden *= 10  # so that the log-sum-exps of the parts differ much
+    targets = jnp.asarray(rng.integers(n_vocab, size=(4, 32)), jnp.int32).at[:, ::4].set(-1)
     want = jax.value_and_grad(naive, (0, 1))(hidden, head, targets)
     right = (targets >= 0) & ((hidden @ head).argmax(-1) == targets)
 
@@ -68,7 +67,7 @@ def test_on_a_mesh_every_device_blocks_its_own_tokens_and_words(monkeypatch, axe
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, want
     )
     n_tokens = 4 * 32 * mesh.shape["tensor"] // 8
-    logits = n_tokens * n_words // (mesh.shape["tensor"] if n_words % 2 == 0 else 1)
+    logits = n_tokens * n_vocab // (mesh.shape["tensor"] if n_vocab % 2 == 0 else 1)
     sizes = [
         math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
     ]
@@ -81,7 +80,7 @@ def test_without_a_target_there_is_no_loss_and_no_gradient():
     assert loss == 0 and (gradient == 0).all()
 
 
-def test_mtp_targets_are_one_further_and_stay_in_their_document():
+def test_mtp_targets_are_the_tokens_after_the_next_in_the_same_document():
     targets = jnp.asarray([[11, 12, -1, 21, 22, 23, -1, -1]], jnp.int32)
     segment_ids = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0]], jnp.int32)
     expected = [[12, -1, -1, 22, 23, -1, -1, -1]]
@@ -89,7 +88,7 @@ def test_mtp_targets_are_one_further_and_stay_in_their_document():
 
 
 def test_mtp_targets_stay_in_their_document_even_if_its_last_token_has_a_target():
-    """Rows cut out of longer documents: the last token of each has a next token, in another row."""
+    """In rows cut out of longer documents, the next token of each document's last one is in another row."""
     targets, segment_ids = jnp.asarray([[11, 12, 21, 22]], jnp.int32), jnp.asarray([[1, 1, 2, 2]], jnp.int32)
     np.testing.assert_array_equal(after_next(targets, segment_ids), [[12, -1, 22, -1]])
 
@@ -107,9 +106,9 @@ def mean_nll(logits, targets):
     return np.mean(nll)
 
 
-def test_every_part_is_what_the_models_outputs_say():
+def test_every_part_equals_a_computation_from_the_models_outputs():
     batch = batch_of([20, 9], [T])
-    batch["targets"] = batch["targets"].at[1, -1].set(5)  # this document goes on in another row
+    batch["targets"] = batch["targets"].at[1, -1].set(5)  # this document continues in another row
     tokens, targets, ids = (np.asarray(batch[name]) for name in ("tokens", "targets", "segment_ids"))
     following, has_next = np.roll(tokens, -1, axis=1), np.zeros_like(tokens, bool)
     following[1, -1], has_next[1, -1] = 5, True
@@ -151,7 +150,7 @@ def test_every_part_is_what_the_models_outputs_say():
     np.testing.assert_allclose(total, weighted, rtol=1e-6)
 
 
-def test_packed_documents_count_as_if_each_had_its_own_row():
+def test_packed_documents_count_like_documents_in_rows_of_their_own():
     packed = batch_of([18, 14], [], seed=3)
     apart = {name: jnp.full_like(array, -1 if name == "targets" else 0) for name, array in packed.items()}
     for name, array in packed.items():

@@ -14,10 +14,12 @@ from tests.train.worker import small
 from train.checkpoint import Checkpoints
 from train.config import Lora, MeshSpec, contradictions, from_json, sparse, to_json
 from train.data.sources import validation_batches
+from train.evaluation import fingerprint
+from train.initial import initial_params
 from train.measure.evaluate import indexer_quality, score
 from train.metrics import METRICS_FILE, read_lines
-from train.placement import Layout, rows_on
-from train.trainer import fingerprint, initial_params, train
+from train.placement import RunSharding, rows_on
+from train.trainer import train
 
 pytestmark = pytest.mark.devices(8)
 
@@ -29,9 +31,9 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
-def lies_where_it_belongs(tree, mesh) -> bool:
-    where = param_shardings(tree, RUN.model, mesh)
-    return jax.tree.all(jax.tree.map(lambda x, at: x.sharding.is_equivalent_to(at, x.ndim), tree, where))
+def has_its_shardings(tree, mesh) -> bool:
+    shardings = param_shardings(tree, RUN.model, mesh)
+    return jax.tree.all(jax.tree.map(lambda x, at: x.sharding.is_equivalent_to(at, x.ndim), tree, shardings))
 
 
 def close(got, want) -> None:
@@ -41,11 +43,11 @@ def close(got, want) -> None:
 @pytest.mark.parametrize("lora", [None, Lora(rank=2)], ids=["whole", "adapters"])
 def test_parameters_and_moments_are_made_in_parts(lora):
     run = dataclasses.replace(RUN, lora=lora)
-    layout = Layout(run)
-    with layout.in_use():
-        params = initial_params(run, layout=layout)
-        state = layout.begin_stage(7, params, STAGE)
-        assert lies_where_it_belongs(state, layout.mesh) and int(state.step) == 7
+    sharding = RunSharding(run)
+    with sharding.use_mesh():
+        params = initial_params(run, sharding=sharding)
+        state = sharding.begin_stage(7, params, STAGE)
+        assert has_its_shardings(state, sharding.mesh) and int(state.step) == 7
     close(jax.device_get(params), jax.device_get(initial_params(run)))
     assert state.params is params and not any(leaf.any() for leaf in jax.tree.leaves(state.opt_state))
 
@@ -54,18 +56,18 @@ def test_a_checkpoint_to_begin_with_is_read_in_parts(tmp_path):
     alone = initial_params(RUN)
     write_hf(tmp_path / "released", jax.device_get(alone), dataclasses.replace(RUN.model, fp8=None))
     run = dataclasses.replace(RUN, init_from=str(tmp_path / "released"))
-    layout = Layout(run)
-    params, given = initial_params(run, layout=layout), layout.given(jax.device_get(alone))
+    sharding = RunSharding(run)
+    params, given = initial_params(run, sharding=sharding), sharding.place(jax.device_get(alone), alone)
     for tree in (params, given):
-        assert lies_where_it_belongs(tree, layout.mesh)
+        assert has_its_shardings(tree, sharding.mesh)
         assert jax.tree.all(jax.tree.map(same_bits, tree, alone))
     assert fingerprint(given) == fingerprint(params) != fingerprint(jax.tree.map(lambda x: x + 1, given))
 
 
 def test_a_batch_is_put_together_from_the_rows_that_were_read():
-    layout, rows = Layout(RUN), np.arange(8 * 32, dtype=np.int32).reshape(8, 32)
-    assert layout.rows == list(range(8))
-    whole = layout.batch({"tokens": rows})["tokens"]
+    sharding, rows = RunSharding(RUN), np.arange(8 * 32, dtype=np.int32).reshape(8, 32)
+    assert sharding.rows == list(range(8))
+    whole = sharding.global_batch({"tokens": rows})["tokens"]
     np.testing.assert_array_equal(whole, rows)
     assert {part.data.shape for part in whole.addressable_shards} == {(2, 16)}
 
@@ -146,14 +148,14 @@ def test_one_device_goes_on_where_a_mesh_was_killed_and_a_mesh_where_one_device_
 @pytest.mark.slow
 def test_an_evaluation_on_a_mesh_has_the_numbers_of_one_device():
     run = dataclasses.replace(small_run(batch=8), mesh=RUN.mesh, eval_batches=1)
-    layout, (batch,) = Layout(run), validation_batches(run)
+    sharding, (batch,) = RunSharding(run), validation_batches(run)
 
     def evaluated(params, batch):
         result = score(params, CONFIG, [batch], "sparse")
         return [result.cross_entropy, result.accuracy, *indexer_quality(params, CONFIG, batch)]
 
-    with layout.in_use():
-        got = evaluated(layout.given(jax.device_get(initial())), layout.batch(batch))
+    with sharding.use_mesh():
+        got = evaluated(sharding.place(jax.device_get(initial()), initial()), sharding.global_batch(batch))
     want = evaluated(initial(), batch)
     assert len(want) == 2 + 3  # two layers and the MTP layer
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, want)

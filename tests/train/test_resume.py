@@ -66,7 +66,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
 
     said = f"killed at step {left_at}"
     if left_at > 21:  # a checkpoint, every seven steps and after each stage, was complete long before
-        assert "going on after step" in (killed / "log").read_text(), said
+        assert "resuming after step" in (killed / "log").read_text(), said
     assert [line["step"] for line in curve(killed)] == list(range(1, STEPS + 1)), said
     assert curve(killed) == curve(whole), said
     with np.load(whole / "final.npz") as ours, np.load(killed / "final.npz") as theirs:

@@ -18,10 +18,11 @@ from tests.train.small import CONFIG, OPTIONS, STAGES, initial, same_bits, small
 from train.checkpoint import Checkpoints
 from train.config import Lora, MeshSpec, Source, dense
 from train.data.sources import rows_of, training_batches, validation_batches
+from train.evaluation import summarise
+from train.initial import from_checkpoint, initial_params
 from train.metrics import METRICS_FILE, JsonLines, read_lines
 from train.runs import RUNS
 from train.step import compiled_step
-from train.trainer import from_checkpoint, initial_params, summarise
 from train.trainer import train as run_all
 
 REPOSITORY = Path(__file__).parents[2]

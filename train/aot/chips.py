@@ -1,15 +1,14 @@
-"""Chips that programs are compiled for or estimated on: memory, arithmetic, network."""
+"""The chips that programs are compiled for or estimated on: memory, arithmetic, network."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One JAX device of a kind. flops per second, dense; bandwidths in bytes per second.
+    """Rates of one kind of chip, per JAX device. FLOPs per second are dense; bandwidths are in bytes per second.
 
-    hbm_bytes: what a program may use. links: connections to neighbours, link_bandwidth: of one of them in one
-    direction. pod: the most chips that one network joins. devices_per_chip: as JAX counts them; all other numbers
-    are of one device. source: of the numbers.
+    hbm_bytes: what a program may use. links: to neighbours. link_bandwidth: per link and direction. pod: the most
+    chips in one network. devices_per_chip: JAX devices per chip. source: where the numbers are from.
     """
 
     hbm_bytes: float
@@ -27,7 +26,7 @@ class Chip:
 _GIB = 2**30
 _LIBTPU = "HBM: the limit that libtpu 0.0.52 names when it refuses a program"
 
-# A TPU's ICI bandwidth is published as the sum of both directions of all links of a chip.
+# The published ICI bandwidth of a TPU is the sum over both directions of all links of a chip.
 CHIPS = {
     "v5e": Chip(
         hbm_bytes=15.75 * _GIB, bf16_flops=197e12, fp8_flops=None, hbm_bandwidth=819e9, links=4,

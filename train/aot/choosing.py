@@ -1,4 +1,4 @@
-"""Which meshes to try: all that divide the job, ranked by a guess of memory and time."""
+"""Which meshes to try: all that divide the job, ranked by a quick estimate of memory and time."""
 
 import contextlib
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from train.aot.job import Job
 
 
 def meshes(job: Job) -> list[dict[str, int]]:
-    """Every mesh of all devices that divides the job."""
+    """All meshes of all devices that divide the job."""
     found = []
     for sizes in meshes_of(len(job.devices)):
         with contextlib.suppress(ValueError):
@@ -19,33 +19,33 @@ def meshes(job: Job) -> list[dict[str, int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a mesh is guessed to need before anything is compiled: bytes of a device's memory, seconds of a step."""
+    """A quick estimate without compiling: bytes of memory per device and seconds per step on this mesh."""
 
     mesh: dict[str, int]
     bytes: float
     seconds: float
 
 
-# Counted in the compiled 671B steps: passes over the buffers in which rows wait for their experts; how often a row of
-# the batch passes over the experts' matrices; bytes alive at once for each number of a row that experts share.
+# Counted in the compiled 671B steps: passes over the dispatch buffers; passes over the experts' matrices per row of the
+# batch; bytes alive at once per gathered number.
 DISPATCH_PASSES = {"train": 40, "warmup": 14, "prefill": 14, "decode": 14}
 EXPERT_PASSES = {"train": 9, "warmup": 1, "prefill": 1, "decode": 0}
 GATHERED_BYTES = {"train": 24, "warmup": 10, "prefill": 10, "decode": 10}
 
 
 def estimate(job: Job, sizes: dict[str, int]) -> Estimate:
-    """A guess that ranks meshes; the compiler has the last word.
+    """A quick estimate, good enough to rank meshes; the compiler decides whether one fits.
 
-    Memory: state, or weights and cache, over all devices; what the backward pass keeps of each layer; the rows that
-    devices with other experts see too. Time, nothing overlapping: arithmetic over all devices; weights, cache and
-    the experts' buffers through main memory; over two links, the matrices that are gathered, rows to the experts and
-    their sums back, latents along a row, sums over heads.
+    Memory: state, or weights and cache, divided over all devices; what the backward pass keeps per layer; the tokens
+    gathered from devices with other experts. Time, without overlap: arithmetic over all devices; weights, cache and
+    dispatch buffers through main memory; over two links, gathered matrices, dispatch and combine, latents along the
+    context axis, and sums over heads.
     """
     c, mode, chip, n = job.config, job.mode, job.chip, len(job.devices)
     data, expert, context, tensor = (sizes[axis] for axis in AXES)
     passes = 3 if job.stage else 1
     width = 2 if c.param_dtype == "bfloat16" else 4
-    tokens = job.batch / (data * expert) * max(job.queries / context, 1)  # of a device
+    tokens = job.batch / (data * expert) * max(job.queries / context, 1)  # per device
     gathered = tokens * expert
     keys = job.batch / (data * expert) * job.seq_len
     latent = (c.kv_lora_rank + c.qk_rope_head_dim + c.index_head_dim) * 2
@@ -54,9 +54,8 @@ def estimate(job: Job, sizes: dict[str, int]) -> Estimate:
 
     memory = c.param_count() * width * (4 if mode == "train" else 1) / n  # with two moments and gradients
     memory += gathered * c.d_model * GATHERED_BYTES[mode]
-    memory += (
-        (rest / (tensor * c.n_layers) + experts / (expert * tensor * c.n_layers)) * width * 2
-    )  # of one layer
+    one_layer = rest / (tensor * c.n_layers) + experts / (expert * tensor * c.n_layers)
+    memory += one_layer * width * 2
     if mode == "train":
         memory += (2 * c.d_model + 4 * c.index_topk) * tokens * c.n_layers
     if mode == "warmup":
@@ -64,7 +63,7 @@ def estimate(job: Job, sizes: dict[str, int]) -> Estimate:
     if not job.stage:
         memory += c.n_layers * latent * keys
 
-    used = rest / tensor + experts / (expert * tensor)  # of the parameters, on one device
+    used = rest / tensor + experts / (expert * tensor)  # parameters per device
     dispatch = gathered * c.n_activated_experts * c.d_model * 2 * DISPATCH_PASSES[mode] * c.n_moe_layers
     moved = used * width * passes + dispatch + (0 if job.stage else c.n_layers * latent * keys)
     moved += job.batch / data * experts / (expert * tensor) * width * EXPERT_PASSES[mode]
@@ -76,6 +75,6 @@ def estimate(job: Job, sizes: dict[str, int]) -> Estimate:
 
 
 def ranked(job: Job) -> list[Estimate]:
-    """All meshes, those that are guessed to fit first, the quickest first among them."""
+    """All meshes: those that should fit come first, and among them the fastest."""
     found = [estimate(job, sizes) for sizes in meshes(job)]
     return sorted(found, key=lambda e: (max(e.bytes / job.chip.hbm_bytes, 1.0), e.seconds))

@@ -1,4 +1,4 @@
-"""`dsa-jax aot`, `python -m train.aot`: reads the options, compiles, prints and writes."""
+"""The command `dsa-jax aot` (`python -m train.aot`): reads the options, compiles, prints and writes."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from train.aot.job import chip_and_count, read_job, read_mesh
 from train.aot.options import Options
 from train.aot.report import introduce, progress, report, suggestions
 
-# For libtpu without a TPU: ask no metadata server, mind no other process, warn of neither.
+# For libtpu without a TPU: no metadata server, no lock against other processes, no warnings about either.
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -29,23 +29,23 @@ QUIET = {
 
 
 def run(options: Options, console: Console) -> int:
-    """The exit code."""
+    """Compiles, prints, writes, and returns the exit code."""
     job = read_job(options)
-    guesses: list[Estimate] = []
+    estimates: list[Estimate] = []
     if options.suggest:
-        guesses = ranked(job)[: options.tries]
-        if not guesses:
+        estimates = ranked(job)[: options.tries]
+        if not estimates:
             raise ValueError(
                 f"no mesh of {len(job.devices)} devices divides --batch {job.batch} and --seq-len {job.seq_len}"
             )
-    meshes = [guess.mesh for guess in guesses] or [read_mesh(options.mesh, job)]
+    meshes = [estimate.mesh for estimate in estimates] or [read_mesh(options.mesh, job)]
     introduce(job, options, console)
     with progress(console) as doing:
         results = [examine(job, options, sizes, doing) for sizes in meshes]
     results.sort(key=lambda found: (not found["fits"], sum(found["seconds_estimated"].values())))
     report(job, results[0], console)
     if options.suggest:
-        suggestions(results, guesses, console)
+        suggestions(results, estimates, console)
     if options.json is not None:
         content = {
             "asked": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()},
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", "cpu")  # a TPU that is there is not needed
+        jax.config.update("jax_platforms", "cpu")  # leaves an attached TPU alone
     try:
         chip, count = chip_and_count(options.topology)
         if CHIPS[chip].is_gpu and len(jax.devices("cpu")) != count:
@@ -91,10 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def in_another_process(arguments: Sequence[str], n_devices: int) -> int:
-    """The same command where JAX begins with this many CPU devices."""
+    """Runs the same command in a process with this many CPU devices."""
     flag = f"--xla_force_host_platform_device_count={n_devices}"
     if flag in os.environ.get("XLA_FLAGS", ""):
-        raise ValueError(f"JAX made {len(jax.devices('cpu'))} CPU devices in spite of XLA_FLAGS={flag}")
+        raise ValueError(f"JAX has {len(jax.devices('cpu'))} CPU devices despite XLA_FLAGS={flag}")
     changes = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}", "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, "-m", "train.aot", *arguments], env=child_environment() | changes, check=False

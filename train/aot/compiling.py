@@ -1,4 +1,4 @@
-"""From a job and a mesh to XLA's compiled program, or to its plan of the memory."""
+"""From a job and a mesh to XLA's compiled program, or to its memory plan."""
 
 import dataclasses
 import os
@@ -26,15 +26,15 @@ from train.step import begin_stage, compiled_step
 
 
 def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
-    """(the jitted step, its arguments as shapes with shardings): what train.trainer and dsa_jax.generate run."""
+    """(jitted step of train.trainer or dsa_jax.generate, its arguments as shapes with shardings)."""
     config, rows = job.config, P(RULES.batch)
 
     def init() -> Any:
         return Transformer(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
 
-    def placed(shapes: Any, shardings: Any) -> Any:
-        place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
-        return jax.tree.map(place, shapes, shardings)
+    def sharded(shapes: Any, shardings: Any) -> Any:
+        one = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(one, shapes, shardings)
 
     def array(shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -42,16 +42,16 @@ def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     if job.stage:
         stage = job.stage
         state = jax.eval_shape(lambda: begin_stage(jnp.int32(0), init(), stage))
-        where = param_shardings(state, config, mesh)
+        shardings = param_shardings(state, config, mesh)
         spec = batch_sharding(config, mesh, job.batch, job.seq_len).spec
         batch = {
             n: array((job.batch, job.seq_len), jnp.int32, spec) for n in ("tokens", "targets", "segment_ids")
         }
-        return compiled_step(config, stage, 0.0, mesh), (placed(state, where), batch)
+        return compiled_step(config, stage, 0.0, mesh), (sharded(state, shardings), batch)
 
     shapes = jax.eval_shape(init)
-    params = placed(shapes, param_shardings(shapes, config, mesh))
-    cache = placed(
+    params = sharded(shapes, param_shardings(shapes, config, mesh))
+    cache = sharded(
         jax.eval_shape(lambda: init_cache(config, job.batch, job.seq_len)),
         cache_shardings(config, mesh, job.batch),
     )
@@ -70,9 +70,9 @@ def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """memory: bytes of a device by use, with "peak"; capacity: bytes it has; text, live_range: XLA's dumps.
+    """memory: bytes per device by use, with "peak"; capacity: bytes that a device has; text, live_range: XLA's dumps.
 
-    refused: XLA itself found that it does not fit; peak and capacity are then its numbers.
+    refused: XLA refused the program because it does not fit; peak and capacity are then XLA's numbers.
     """
 
     memory: dict[str, int]
@@ -83,10 +83,13 @@ class Compiled:
 
 
 def compile_step(job: Job, mesh: Mesh, folder: Path) -> Compiled:
-    """Compiles the step to machine code. What does not fit is not an error: its plan comes back with its peak.
+    """Compiles the step to machine code. A step that does not fit is no error: its plan and peak are returned.
 
-    The program is read from what XLA dumps into ``folder``: jaxlib cannot read back every program that libtpu makes
-    (``as_text()``: "async-update instruction should have 1 operands"), and the dump says what lives when.
+    The program is read from XLA's dump in ``folder``, because jaxlib cannot read back all programs of libtpu
+    (``as_text()``: "async-update instruction should have 1 operands"). The dump also has the live ranges.
+
+    Raises:
+      NotImplementedError: XLA cannot compile the step.
     """
     step, arguments = program(job, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -110,7 +113,11 @@ def compile_step(job: Job, mesh: Mesh, folder: Path) -> Compiled:
 
 
 def plan_step(job: Job, options: Options, sizes: Mapping[str, int], folder: Path) -> Compiled:
-    """The same without machine code: another process compiles, and is ended once its dump tells the memory."""
+    """As ``compile_step`` without machine code: another process compiles, and is ended once its dump has the plan.
+
+    Raises:
+      ValueError: that process failed.
+    """
     alone = dataclasses.replace(
         options, plan=False, suggest=False, mesh=mesh_text(sizes), dump=folder, json=None, traceback=False
     )
@@ -121,16 +128,16 @@ def plan_step(job: Job, options: Options, sizes: Mapping[str, int], folder: Path
             while child.poll() is None and not dumped(folder, "_after_buffer_assignment.txt"):
                 time.sleep(0.5)
             if child.poll() is None:
-                time.sleep(1.0)  # that file is the last; it may not be whole, the others are
+                time.sleep(1.0)  # this last file may be incomplete; the others are not
             ended = child.poll()
         finally:
             child.kill()
             child.wait()
         said.seek(0)
-        told = said.read()
+        output = said.read()
     assignment = dumped(folder, "-buffer-assignment.txt")
     if ended not in (None, 0, 1) or not assignment:
-        raise ValueError(f"the compiling process ended with {ended}: {told.strip()[-2000:]}")
+        raise ValueError(f"the compiling process ended with {ended}: {output.strip()[-2000:]}")
     return Compiled(
         memory=memory_planned(assignment), capacity=int(job.chip.hbm_bytes), refused=ended == 1,
         text=dumped(folder, ".txt"), live_range=dumped(folder, "-live-range.txt"),
@@ -138,13 +145,13 @@ def plan_step(job: Job, options: Options, sizes: Mapping[str, int], folder: Path
 
 
 def dumped(folder: Path, end: str) -> str:
-    """The text of one of XLA's dumps of the optimised program, "" if it is not there."""
+    """The text of one of XLA's dumps of the optimised program, "" if there is none."""
     found = sorted(folder.glob(f"*after_optimizations{end}"))
     return found[-1].read_text() if found else ""
 
 
 def child_environment() -> dict[str, str]:
-    """With which another Python finds what this one finds."""
+    """An environment in which another Python finds the same modules."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
@@ -160,7 +167,7 @@ def _as_arguments(options: Options) -> list[str]:
 
 
 def memory_of(stats: Any) -> dict[str, int]:
-    """From XLA's memory_analysis. Aliased: outputs that take the place of arguments."""
+    """Bytes by use from XLA's memory_analysis. aliased: outputs that reuse the memory of arguments."""
     return with_peak(
         arguments=stats.argument_size_in_bytes,
         outputs=stats.output_size_in_bytes,
@@ -171,7 +178,7 @@ def memory_of(stats: Any) -> dict[str, int]:
 
 
 def memory_planned(assignment: str) -> dict[str, int]:
-    """The same from XLA's dump of its buffer assignment, without the code, which is not there yet."""
+    """As ``memory_of``, from XLA's dump of its buffer assignment. The code's size is not known at that point."""
     found = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries"), 0)
     for size, what in re.findall(r"^allocation \d+: size (\d+), (.*)$", assignment, re.MULTILINE):
         color = re.search(r"color (\d+)", what)
@@ -190,7 +197,7 @@ def with_peak(**uses: int) -> dict[str, int]:
 
 
 def refusal(message: str) -> tuple[int, int] | None:
-    """(bytes needed, bytes there) of XLA's refusal of a program that does not fit, None if that is not what it says."""
+    """(bytes needed, bytes available) from XLA's message about a program that does not fit; None for other messages."""
     units = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
     size = r"\(?([\d.]+)([KMGT]?)i?B?\)?"
     for form in (
@@ -198,6 +205,6 @@ def refusal(message: str) -> tuple[int, int] | None:
         rf"Used {size} of {size} hbm",
     ):
         if found := re.search(form, message):
-            needed, there = (float(found[i]) * 2.0 ** units[found[i + 1]] for i in (1, 3))
-            return round(needed), round(there)
+            needed, available = (float(found[i]) * 2.0 ** units[found[i + 1]] for i in (1, 3))
+            return round(needed), round(available)
     return None

@@ -1,4 +1,4 @@
-"""What a compiled step costs: memory, operations, exchanges, and an estimate of its time."""
+"""What a compiled step costs: memory, operations, collectives, and an estimate of its time."""
 
 import contextlib
 import math
@@ -13,7 +13,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from dsa_jax.sharding import make_mesh, mesh_text
-from train.aot import traffic as aot
+from train.aot import traffic
 from train.aot.chips import Chip
 from train.aot.compiling import Compiled, compile_step, dumped, plan_step
 from train.aot.hlo import Program, parse
@@ -24,7 +24,10 @@ from train.aot.options import Options
 def examine(
     job: Job, options: Options, sizes: Mapping[str, int], doing: Callable[[str], Any]
 ) -> dict[str, Any]:
-    """Compiles the step for this mesh and returns everything known about it, as plain JSON values."""
+    """Compiles the step for this mesh and returns all that is known about it, as plain JSON values.
+
+    doing: called with what is in progress. sizes: of the mesh axes.
+    """
     mesh = make_mesh(devices=job.devices, **sizes)
     planning = options.plan or (options.suggest and not job.chip.is_gpu)
     began = time.perf_counter()
@@ -57,7 +60,7 @@ def costs(job: Job, mesh: Mesh, compiled: Compiled) -> dict[str, Any]:
     """Operations, traffic and estimated seconds of the program, and what fills the memory."""
     hlo = parse(compiled.text)
     flops = job.flops()
-    calls = aot.custom_calls(hlo)
+    calls = traffic.custom_calls(hlo)
     grouped = job.routed_flops() / mesh.size if "tpu_custom_call" in calls else 0.0
     links = links_of(mesh, job.chip)
     needed = sum(flops.values()) / mesh.size
@@ -70,56 +73,61 @@ def costs(job: Job, mesh: Mesh, compiled: Compiled) -> dict[str, Any]:
         "seconds_with_every_branch": longer["seconds_estimated"],
         "custom_calls": calls,
         "unknown_loops": list(hlo.unknown_loops),
-        "alive_at_peak": [alive._asdict() for alive in aot.alive_at_peak(hlo, compiled.live_range)[:64]],
+        "alive_at_peak": [alive._asdict() for alive in traffic.alive_at_peak(hlo, compiled.live_range)[:64]],
     }
 
 
 def estimated(
     hlo: Program, grouped: float, needed: float, links: Mapping[str, int], mesh: Mesh, chip: Chip
 ) -> dict[str, Any]:
-    """What the program does, and how long that would take. grouped: operations that are inside custom calls."""
-    exchanges = aot.collectives(hlo, dict(mesh.shape))
-    products, traffic = aot.product_flops(hlo) + grouped, aot.hbm_traffic(hlo)
+    """What the program does, and how long that would take.
+
+    grouped: operations inside custom calls. needed: operations that the mathematics needs. All per device.
+    """
+    exchanges = traffic.collectives(hlo, dict(mesh.shape))
+    products, hbm_bytes = traffic.product_flops(hlo) + grouped, traffic.hbm_traffic(hlo)
     network: dict[str, float] = {}
     for exchange in exchanges:
         name = " x ".join(exchange.axes) or "none"
         network[name] = network.get(name, 0.0) + seconds_of(exchange, links, mesh, chip)
     return {
         "product_flops_per_device": products,
-        "hbm_traffic": traffic,
+        "hbm_traffic": hbm_bytes,
         "collectives": [exchange._asdict() for exchange in exchanges],
         "network_seconds": network,
         "seconds_estimated": {
             "arithmetic": max(products, needed) / chip.bf16_flops,
-            "memory": traffic / chip.hbm_bandwidth,
+            "memory": hbm_bytes / chip.hbm_bandwidth,
             "network": sum(network.values()),
         },
     }
 
 
 def links_of(mesh: Mesh, chip: Chip) -> dict[str, int]:
-    """How many links of a device a ring along each mesh axis uses: two in each dimension of the torus it spans."""
+    """Links per device that a ring along each mesh axis uses: two per dimension of the torus that the axis spans."""
     found = {}
     for number, axis in enumerate(mesh.axis_names):
         line = mesh.devices[tuple(slice(None) if i == number else 0 for i in range(mesh.devices.ndim))]
         dimensions = [] if chip.is_gpu else zip(*(device.coords for device in line), strict=True)
-        spans = sum(len(set(places)) > 1 for places in dimensions)
+        spans = sum(len(set(coordinates)) > 1 for coordinates in dimensions)
         found[axis] = min(2 * max(spans, 1), chip.links)
     return found
 
 
-def seconds_of(exchange: aot.Exchange, links: Mapping[str, int], mesh: Mesh, chip: Chip) -> float:
-    """Time on the network alone: bytes over the links of the axes; an all-to-all also passes others' bytes on."""
+def seconds_of(exchange: traffic.Exchange, links: Mapping[str, int], mesh: Mesh, chip: Chip) -> float:
+    """Time on the network alone: bytes over the links of the axes. In an all-to-all, devices also forward bytes."""
     used = min(sum(links[axis] for axis in exchange.axes), chip.links) or 1
     n = math.prod(mesh.shape[axis] for axis in exchange.axes)
     hops = 1.0
     if "all-to-all" in exchange.kind and not chip.is_gpu:
-        ring = n ** (2 / used)  # devices in one dimension of the torus; bytes travel a quarter of it
+        ring = n ** (
+            2 / used
+        )  # devices in one dimension of the torus; on average bytes travel a quarter of it
         hops = max(ring / 4, 1.0)
     return exchange.bytes * hops / (used * chip.link_bandwidth)
 
 
 def host_peak() -> int:
-    """Bytes of memory that this process, or one that it waited for, has ever held."""
+    """Peak memory in bytes of this process, or of a child that it waited for."""
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return max(resource.getrusage(w).ru_maxrss for w in who) * (1 if sys.platform == "darwin" else 1024)

@@ -1,8 +1,8 @@
-"""The text of a compiled program (optimised HLO), read: instructions, and how often each of them runs.
+"""A parser for the text of compiled programs (optimised HLO): instructions, and how often each runs.
 
-XLA's ``cost_analysis`` counts the body of a loop once. Here an instruction counts as often as it runs: the product
-of the rounds of the loops around it. Of a conditional the shortest branch counts, or every one if that is asked for; a
-loop that does not count up to a constant counts once and is listed in ``Program.unknown_loops``.
+XLA's ``cost_analysis`` counts a loop's body once. Here each instruction counts as often as it runs: the product of the
+trip counts of the loops around it. Only the shortest branch of a conditional counts, unless all are asked for. A loop
+that does not count up to a constant counts once and is listed in ``Program.unknown_loops``.
 """
 
 import functools
@@ -21,7 +21,7 @@ _CALLS = re.compile(
 
 @dataclass(frozen=True)
 class Buffer:
-    """An array as it lies in memory, tile padding included; ``in_hbm``: in the chip's main memory."""
+    """An array in memory. bytes: with tile padding. in_hbm: in the chip's main memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -53,7 +53,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the JAX program it comes from, "" if XLA does not say."""
+        """Its origin in the JAX program, "" if XLA does not say."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
@@ -63,7 +63,7 @@ Computation = dict[str, Instruction]
 
 @dataclass(frozen=True)
 class Program:
-    """computations by name, the entry's among them; runs: how often each runs; fused: those inside one kernel."""
+    """computations by name, including the entry; runs: how often each runs; fused: those inside one kernel."""
 
     computations: Mapping[str, Computation]
     runs: Mapping[str, int]
@@ -71,7 +71,7 @@ class Program:
     unknown_loops: tuple[str, ...]
 
     def running(self, inside_fusions: bool) -> Iterator[tuple[Instruction, Computation, int]]:
-        """Every instruction that runs, with its computation and how often."""
+        """Each instruction that runs, with its computation and the number of runs."""
         for name, computation in self.computations.items():
             if self.runs[name] and (inside_fusions or name not in self.fused):
                 for instruction in computation.values():
@@ -79,7 +79,7 @@ class Program:
 
 
 def parse(text: str, every_branch: bool = False) -> Program:
-    """The program whose HLO text this is. every_branch: each branch of a conditional counts as if it ran.
+    """The program of an HLO text. every_branch: each branch of a conditional counts as if it ran.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -99,11 +99,11 @@ def parse(text: str, every_branch: bool = False) -> Program:
     runs: Counter[str] = Counter({entry: 1})
     fused: set[str] = set()
     unknown: list[str] = []
-    for name in reversed(computations):  # callers stand behind what they call
+    for name in reversed(computations):  # callers come after their callees
         for instruction in computations[name].values():
             rounds = 1
             if instruction.opcode == "while" and runs[name]:
-                rounds = _rounds(instruction, computations[name], computations)
+                rounds = _trip_count(instruction, computations[name], computations)
                 if not rounds:
                     unknown.append(instruction.name)
             callees = callees_of(instruction)
@@ -128,13 +128,13 @@ def _instruction(line: str) -> Instruction | None:
     opens = end + opcode.end() - 1
     closes = _closing(rest, opens)
     operands = tuple(re.findall(r"%([\w.\-]+)", rest[opens:closes]))
-    if opcode[1] in ("parameter", "constant"):  # its number, or its value
+    if opcode[1] in ("parameter", "constant"):  # its index, or its value
         operands = (rest[opens + 1 : closes],)
     return Instruction(head[2], rest[:end], opcode[1], operands, rest[closes + 1 :], bool(head[1]))
 
 
 def _closing(text: str, opens: int) -> int:
-    """Where the parenthesis at ``opens`` closes."""
+    """Position at which the parenthesis at ``opens`` closes."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, opens):
         depth += 1 if found[0] == "(" else -1
@@ -143,8 +143,8 @@ def _closing(text: str, opens: int) -> int:
     return len(text)
 
 
-def _rounds(loop: Instruction, caller: Computation, computations: Mapping[str, Computation]) -> int:
-    """How often a loop's body runs: as XLA notes it, or of ``i < constant`` with i from a constant; 0 if neither."""
+def _trip_count(loop: Instruction, caller: Computation, computations: Mapping[str, Computation]) -> int:
+    """Trip count of a loop: as XLA notes it, or from ``i < constant`` with a constant start; 0 if neither is there."""
     if noted := re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.attributes):
         return int(noted[1])
     called = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", loop.attributes))
@@ -155,7 +155,7 @@ def _rounds(loop: Instruction, caller: Computation, computations: Mapping[str, C
         return 0
 
     def number(instruction: Instruction | None) -> int | None:
-        """The value of a constant; of an element of the loop's state, that with which it starts."""
+        """The value of a constant, or the initial value of an element of the loop's state."""
         if instruction is None:
             return None
         if instruction.opcode == "constant":
@@ -185,7 +185,7 @@ def _index(instruction: Instruction) -> int:
 
 
 def _through_copies(name: str, computation: Computation) -> Instruction | None:
-    """What an instruction's value is a copy of."""
+    """The instruction behind any copies and bitcasts."""
     instruction = computation.get(name)
     while instruction is not None and instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
         instruction = computation.get(instruction.operands[0])
@@ -193,7 +193,7 @@ def _through_copies(name: str, computation: Computation) -> Instruction | None:
 
 
 def callees_of(instruction: Instruction) -> list[str]:
-    """Computations that an instruction runs; not the scalar functions of a reduction."""
+    """Computations that an instruction runs, without the scalar function of a reduction."""
     found = []
     for kind, names in _CALLS.findall(instruction.attributes):
         if kind != "to_apply" or instruction.opcode == "call":

@@ -1,4 +1,4 @@
-"""One step of one model over given devices, as the options describe it."""
+"""The step to compile: model, mode, sizes and devices, read from the options."""
 
 import dataclasses
 import importlib.util
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 
 from dsa_jax.checkpoint import from_hf, load_config
 from dsa_jax.config import ModelConfig, deepseek_v32, glm5, tiny
@@ -21,6 +20,7 @@ from train.aot.options import Options
 from train.config import Stage, indexer_warmup, sparse
 from train.loss import switched
 from train.measure.flops import forward_flops, training_flops
+from train.private_jax import get_topology_desc
 
 CONFIGS = {"deepseek-v3.2": deepseek_v32, "glm-5": glm5, "tiny": tiny}
 STAGES = {"train": sparse(1000, lr=1e-5, index_lr=1e-5), "warmup": indexer_warmup(1000)}
@@ -28,7 +28,7 @@ STAGES = {"train": sparse(1000, lr=1e-5, index_lr=1e-5), "warmup": indexer_warmu
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One step of one model over given devices of a kind."""
+    """One step of a model on given devices: batch rows of seq_len tokens, of which a prefill computes chunk."""
 
     config: ModelConfig
     mode: str
@@ -44,21 +44,21 @@ class Job:
 
     @property
     def queries(self) -> int:
-        """Tokens of a row that the step computes."""
+        """Tokens per row that the step computes."""
         return {"prefill": self.chunk, "decode": 1}.get(self.mode, self.seq_len)
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Refuses a mesh that does not divide the job, with one that does."""
+        """Raises ValueError for a mesh that does not divide the job; the message names one that does."""
         mesh = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
         seq_len = None if self.mode == "decode" else self.queries
         check_mesh(self.config, mesh, batch=self.batch, seq_len=seq_len)
 
     def flops(self) -> dict[str, float]:
-        """Of one step over all devices, by part (``train.measure.flops``: what mathematics needs)."""
+        """Operations that one step needs, by part, on all devices together (``train.measure.flops``)."""
         if self.stage:
             parts = training_flops(switched(self.config, self.stage), self.seq_len, self.stage.trains)
             return {name: value * self.batch * self.seq_len for name, value in parts.items()}
-        # What the last ``queries`` tokens of a row add to those before them; logits of one token.
+        # What the last ``queries`` tokens of a row add to the tokens before them; logits for one token.
         before, head = self.seq_len - self.queries, 2.0 * self.config.d_model * self.config.vocab_size
         config = dataclasses.replace(self.config, attention_form="mqa") if before else self.config
         totals = {
@@ -70,17 +70,17 @@ class Job:
         return {name: value * self.batch for name, value in (parts | {"head": head}).items()}
 
     def routed_flops(self) -> float:
-        """Of them, the products with routed experts, which the TPU's grouped kernel does inside a custom call."""
+        """Of ``flops``, the products with routed experts, which the TPU's grouped kernel hides in a custom call."""
         c = self.config
         per_token = 6.0 * c.d_model * c.d_expert * c.n_activated_experts * (c.n_moe_layers + c.n_mtp_layers)
         return per_token * self.batch * self.queries * (3 if self.mode == "train" else 1)
 
 
 def read_config(name: str) -> ModelConfig:
-    """The model of a name, a config.json or a checkpoint folder.
+    """The config with this name, of a config.json, or of a checkpoint folder.
 
     Raises:
-      ValueError: it is none of these.
+      ValueError: ``name`` is none of these.
     """
     path = Path(name)
     if name in CONFIGS:
@@ -96,7 +96,11 @@ def read_config(name: str) -> ModelConfig:
 
 
 def read_job(options: Options) -> Job:
-    """Raises ValueError for what contradicts itself."""
+    """The job that the options describe.
+
+    Raises:
+      ValueError: the options contradict each other.
+    """
     for name in ("seq_len", "batch", "layers", "chunk", "query_block", "tries"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -153,7 +157,7 @@ def read_topology(topology: str) -> tuple[str, tuple[Any, ...]]:
     """The kind of chip and the devices to compile for.
 
     Raises:
-      ValueError: not a topology, a shape that no pod has, or libtpu is not there.
+      ValueError: not a topology, a shape that no pod has, or libtpu is not installed.
     """
     chip, count = chip_and_count(topology)
     if CHIPS[chip].is_gpu:
@@ -163,7 +167,7 @@ def read_topology(topology: str) -> tuple[str, tuple[Any, ...]]:
             f"compiling for {chip} needs libtpu, which is not installed: pip install 'dsa-jax[tpu]'"
         )
     try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        description = get_topology_desc(platform="tpu", topology_name=topology)
     except jax.errors.JaxRuntimeError as error:
         cubes = "x".join(str(-(-int(size) // 4) * 4) for size in topology.partition(":")[2].split("x"))
         raise ValueError(f"{str(error).splitlines()[0]}; {chip}:{cubes} would work") from error
@@ -171,10 +175,10 @@ def read_topology(topology: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def read_mesh(text: str, job: Job) -> dict[str, int]:
-    """ "data=16,expert=64" -> the size of every axis; data is what is left over unless it is named.
+    """ "data=16,expert=64" -> the size of each axis. data defaults to the devices that the others leave.
 
     Raises:
-      ValueError: not of this form, an axis that does not exist, or a mesh that does not divide devices or job.
+      ValueError: not of this form, an unknown axis, or a mesh that does not divide the devices or the job.
     """
     sizes: dict[str, int] = {}
     for part in filter(None, text.replace(" ", "").split(",")):

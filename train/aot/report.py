@@ -1,4 +1,4 @@
-"""What `dsa-jax aot` prints."""
+"""The printed report of `dsa-jax aot`."""
 
 import contextlib
 import re
@@ -20,7 +20,7 @@ GIB = 2**30
 
 
 def introduce(job: Job, options: Options, console: Console) -> None:
-    """Prints what is asked, with what is taken for granted."""
+    """Prints the job and its assumptions."""
     config, chip, n = job.config, job.chip, len(job.devices)
     devices = f", {n} devices" if chip.devices_per_chip > 1 else ""
     lines = [
@@ -29,11 +29,13 @@ def introduce(job: Job, options: Options, console: Console) -> None:
         f"{options.topology}, {n // chip.devices_per_chip} chips{devices}; kernels: {config.implementation}",
     ]
     if chip.is_gpu:
-        lines.append("GPUs are simulated on this CPU: program and memory are the CPU compiler's, not a GPU's")
+        lines.append(
+            "GPUs are simulated on this CPU: program and memory plan are the CPU compiler's, not a GPU's"
+        )
     if job.stage:
         lines.append(
-            f"parameters, gradients and Adam's two moments in {config.param_dtype}; the backward pass computes each "
-            "layer again, with the keys that it had selected"
+            f"parameters, gradients and Adam's two moments in {config.param_dtype}; the backward pass recomputes each "
+            "layer with the keys that the forward pass selected"
         )
     else:
         lines.append(f"weights and cache in {config.param_dtype}")
@@ -42,7 +44,7 @@ def introduce(job: Job, options: Options, console: Console) -> None:
             f"no index scores: a row of {job.seq_len} has at most index_topk={config.index_topk} keys"
         )
     elif job.mode == "warmup":
-        lines.append(f"the indexer learns from dense attention over {job.seq_len} keys")
+        lines.append(f"the indexer trains on dense attention over {job.seq_len} keys")
     else:
         lines.append(f"the indexer scores {job.seq_len} keys, attention reads {config.index_topk} of them")
     for line in lines:
@@ -58,22 +60,22 @@ def report(job: Job, found: Mapping[str, Any], console: Console) -> None:
     )
     console.print(f"\n{mesh_text(found['mesh'])}: [bold]{verdict}", highlight=False)
     if found["refused"]:
-        console.print("XLA refuses it; what follows is the program that it had planned", highlight=False)
+        console.print("XLA refuses it; what follows is its plan", highlight=False)
 
-    table = _table("memory of a device", "GiB")
+    table = _table("memory per device", "GiB")
     for name, size in memory.items():
         table.add_row(name, f"{size / GIB:.2f}")
     table.add_row("capacity", f"{capacity / GIB:.2f}")
     console.print(table)
 
-    table = _table("received by a device", "axes", "calls", "GB")
+    table = _table("received per device", "axes", "calls", "GB")
     for exchange in found["collectives"]:
         axes = " x ".join(exchange["axes"]) or "one device"
         table.add_row(exchange["kind"], axes, f"{exchange['runs']:,}", f"{exchange['bytes'] / 1e9:,.2f}")
     console.print(table)
 
     seconds, chip = found["seconds_estimated"], job.chip
-    table = _table("estimated, not measured", "a device", "at", "seconds")
+    table = _table("estimated, not measured", "per device", "at", "seconds")
     arithmetic = max(found["product_flops_per_device"], found["flops_per_device"])
     table.add_row(
         "matrix products", f"{arithmetic / 1e12:,.1f} TFLOP", f"{chip.bf16_flops / 1e12:,.0f} TFLOP/s",
@@ -84,39 +86,41 @@ def report(job: Job, found: Mapping[str, Any], console: Console) -> None:
         f"{seconds['memory']:,.3f}",
     )  # fmt: skip
     for axes, time_ in found["network_seconds"].items():
-        table.add_row(f"network, {axes}", "", f"{chip.link_bandwidth / 1e9:.0f} GB/s a link", f"{time_:,.3f}")
+        table.add_row(
+            f"network, {axes}", "", f"{chip.link_bandwidth / 1e9:.0f} GB/s per link", f"{time_:,.3f}"
+        )
     console.print(table)
     for line in assumptions(job, found):
         console.print(line, highlight=False, markup=False)
 
-    table = _table("alive when most memory is used", "GiB", "times", "from")
-    for (size, what, place), times in grouped(found["alive_at_peak"])[:12]:
-        table.add_row(what, f"{size * times / GIB:.2f}", str(times), place)
+    table = _table("alive at peak memory", "GiB", "times", "from")
+    for (size, what, origin), times in grouped(found["alive_at_peak"])[:12]:
+        table.add_row(what, f"{size * times / GIB:.2f}", str(times), origin)
     console.print(table)
     console.print(
         f"{'compiled' if found['compiled'] else 'planned, not compiled,'} in {found['compile_seconds']:.0f} s; "
-        f"this process held {found['host_peak_bytes'] / GIB:.1f} GiB",
+        f"this process used up to {found['host_peak_bytes'] / GIB:.1f} GiB",
         highlight=False,
     )
 
 
 def assumptions(job: Job, found: Mapping[str, Any]) -> Iterator[str]:
-    """What the estimate takes for granted."""
+    """The assumptions of the estimate, one per line."""
     seconds, chip = found["seconds_estimated"], job.chip
     longest, total = max(seconds.values()), sum(seconds.values())
     bound = max(seconds, key=lambda name: seconds[name])
     needed, done = found["flops_per_device"], found["product_flops_per_device"]
     yield f"a step takes {longest:,.2f} s if everything overlaps ({bound} binds), {total:,.2f} s if nothing does"
     yield (
-        f"products: mathematics needs {needed / 1e12:,.1f} TFLOP a device (train/measure/flops.py); the program does "
-        f"{done / 1e12:,.1f}, with what it computes again, masks and pads; the larger counts"
+        f"products: the mathematics needs {needed / 1e12:,.1f} TFLOP per device (train/measure/flops.py); the program "
+        f"does {done / 1e12:,.1f} with recomputed, masked and padded ones; the estimate uses the larger figure"
     )
     if "tpu_custom_call" in found["custom_calls"]:
-        yield "the experts' grouped products, inside custom calls, are those that mathematics needs"
+        yield "the experts' grouped products, inside custom calls, are counted as the mathematics needs them"
     if (longer := found["seconds_with_every_branch"]) != seconds:
         times = ", ".join(f"{name} {value:,.2f} s" for name, value in longer.items())
-        yield f"of a conditional the shortest branch counts; if every branch ran: {times}"
-    yield "main memory: every kernel reads its operands and writes its results once"
+        yield f"only the shortest branch of a conditional is counted; if all branches ran: {times}"
+    yield "main memory: each kernel reads its operands once and writes its results once"
     used = ", ".join(f"{axis} {found['links'][axis]}" for axis in AXES if found["mesh"][axis] > 1)
     yield f"network: rings over links in both directions ({used or 'none'}), no latency, no contention"
     yield f"rates: {chip.source}"
@@ -127,17 +131,17 @@ def assumptions(job: Job, found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def grouped(alive: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[int, str, str], int]]:
-    """((bytes of one, what, from where), how many) of what lives at the peak besides the arguments, largest first."""
+    """((bytes of one, what, origin), how many) of the values at the peak except arguments, largest first."""
     found: dict[tuple[int, str, str], int] = {}
     for value in alive:
         if value["opcode"] != "parameter":
-            key = (value["bytes"], f"{value['opcode']} {value['shape']}", _place(value["op_name"]))
+            key = (value["bytes"], f"{value['opcode']} {value['shape']}", _origin(value["op_name"]))
             found[key] = found.get(key, 0) + 1
     return sorted(found.items(), key=lambda item: -item[0][0] * item[1])
 
 
-def _place(op_name: str) -> str:
-    """The end of a JAX operation's path, without the transformations around it."""
+def _origin(op_name: str) -> str:
+    """The end of a JAX operation's path, without transformations."""
     words = [re.sub(r"^(?:\w+\()+|\)+$", "", word) for word in op_name.split("/")]
     kept = [
         w
@@ -150,14 +154,14 @@ def _place(op_name: str) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for number, name in enumerate(columns):
-        right = name in ("GiB", "GB", "calls", "seconds", "times", "a device", "at")
+        right = name in ("GiB", "GB", "calls", "seconds", "times", "per device", "at")
         table.add_column(name, justify="right" if number and right else "left")
     return table
 
 
 @contextlib.contextmanager
 def progress(console: Console) -> Iterator[Callable[[str], None]]:
-    """A live line: what is being done, and for how long. Where nobody watches, one line for each thing."""
+    """A live line with the current activity and its time; without a terminal, one plain line per activity."""
     if not console.is_terminal:
         yield lambda doing: console.print(f"{time.strftime('%H:%M:%S')} {doing}", highlight=False)
         return
@@ -167,15 +171,17 @@ def progress(console: Console) -> Iterator[Callable[[str], None]]:
         yield lambda doing: live.reset(task, description=doing)
 
 
-def suggestions(results: Sequence[Mapping[str, Any]], guesses: Sequence[Estimate], console: Console) -> None:
+def suggestions(
+    results: Sequence[Mapping[str, Any]], estimates: Sequence[Estimate], console: Console
+) -> None:
     """Prints the meshes that were tried, the best first."""
-    guessed = {mesh_text(guess.mesh): guess for guess in guesses}
-    table = _table("mesh", "fits", "peak GiB", "guessed", "seconds, nothing overlapping", "guessed")
+    estimate_of = {mesh_text(estimate.mesh): estimate for estimate in estimates}
+    table = _table("mesh", "fits", "peak GiB", "quick estimate", "seconds without overlap", "quick estimate")
     for found in results:
-        guess = guessed[mesh_text(found["mesh"])]
+        estimate = estimate_of[mesh_text(found["mesh"])]
         estimated = sum(found["seconds_estimated"].values())
         table.add_row(
             mesh_text(found["mesh"]), "yes" if found["fits"] else "no", f"{found['memory']['peak'] / GIB:.1f}",
-            f"{guess.bytes / GIB:.1f}", f"{estimated:,.2f}", f"{guess.seconds:,.2f}",
+            f"{estimate.bytes / GIB:.1f}", f"{estimated:,.2f}", f"{estimate.seconds:,.2f}",
         )  # fmt: skip
     console.print(table)

@@ -1,4 +1,4 @@
-"""What a compiled program does: collectives, operations, memory traffic. All numbers are those of one device."""
+"""What a compiled program does: collectives, operations, memory traffic. All numbers are per device."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from train.aot.hlo import Buffer, Computation, Instruction, Program, bits, calle
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
 )  # fmt: skip
-# They move nothing: names, control, and the second halves of what was counted when it started.
+# These move no data: names, control flow, and the ends of operations that were counted at their start.
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id "
     "opt-barrier async-start async-update async-done".split()
@@ -23,7 +23,7 @@ _FREE = frozenset(
 
 
 class Exchange(NamedTuple):
-    """What collectives of one kind exchange over some mesh axes. bytes: what a device receives, over all runs."""
+    """Collectives of one kind over the same mesh axes. bytes: received per device, over all runs."""
 
     kind: str
     axes: tuple[str, ...]
@@ -32,9 +32,10 @@ class Exchange(NamedTuple):
 
 
 def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Exchange]:
-    """By kind and mesh axes, most bytes first. A device receives, of an operand of b bytes and in groups of n:
+    """Collectives by kind and mesh axes, most bytes first.
 
-    all-gather b (n - 1); reduce-scatter and all-to-all b (n - 1) / n; all-reduce twice that; collective-permute b.
+    For an operand of b bytes and groups of n devices, each device receives: all-gather b (n - 1); reduce-scatter and
+    all-to-all b (n - 1) / n; all-reduce twice that; collective-permute b.
     """
     totals: dict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(lambda: [0.0, 0])
     for instruction, computation, runs in program.running(inside_fusions=True):
@@ -55,7 +56,7 @@ def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Exchang
 
 
 def _becomes_a_slice(instruction: Instruction, computation: Computation) -> bool:
-    """XLA:TPU writes a reduce-scatter as a fusion of an all-reduce and the slice that a device keeps."""
+    """XLA:TPU writes a reduce-scatter as a fusion of an all-reduce and the slice that each device keeps."""
     users = [user for user in computation.values() if instruction.name in user.operands]
     return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
@@ -65,17 +66,19 @@ def _dense_bytes(buffer: Buffer) -> float:
 
 
 def _axes(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
-    """The mesh axes along which a group differs, and the devices in a group."""
+    """(mesh axes along which the devices of a group differ, devices per group)."""
     groups = _groups(attributes, math.prod(mesh_shape.values()))
-    places = np.stack(np.unravel_index(groups.reshape(-1), tuple(mesh_shape.values())), -1)
-    places = places.reshape(*groups.shape, -1)
-    differs = (places != places[:, :1]).any(axis=(0, 1))
+    coordinates = np.stack(np.unravel_index(groups.reshape(-1), tuple(mesh_shape.values())), -1)
+    coordinates = coordinates.reshape(*groups.shape, -1)
+    differs = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
     return tuple(axis for axis, d in zip(mesh_shape, differs, strict=True) if d), groups.shape[1]
 
 
 def _groups(attributes: str, n_devices: int) -> np.ndarray:
-    """[groups, devices of each], by position in the mesh: a list, an iota ``[2,4]<=[4,2]T(1,0)``, or the axes of a
-    mesh of XLA's own, ``mesh['a'=4,'b'=2] {'b'}``, of which ``'a':(2)2`` is a part: the 2 behind the first 2.
+    """[groups, devices per group], as positions in the mesh.
+
+    XLA writes a list, an iota ``[2,4]<=[4,2]T(1,0)``, or axes of a mesh of its own, ``mesh['a'=4,'b'=2] {'b'}``.
+    There ``'a':(2)2`` is a part of an axis: the factor 2 that follows the first factor 2.
     """
     if pairs := re.search(r"source_target_pairs=\{([{}\d,]*)\}", attributes):
         return np.array(re.findall(r"\d+", pairs[1]), int).reshape(-1, 2)
@@ -99,7 +102,7 @@ def _groups_of_axes(mesh: str, axes: str) -> np.ndarray:
         (name, int(before or 1), int(size or sizes[name]))
         for name, before, size in re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?", axes)
     ]
-    shape: list[int] = []  # every axis in three: what comes before the part, the part, what follows
+    shape: list[int] = []  # each axis in three factors: before the part, the part, after it
     chosen = []
     for name, size in sizes.items():
         of_axis = sorted((before, part) for other, before, part in parts if other == name)
@@ -118,9 +121,9 @@ def _groups_of_axes(mesh: str, axes: str) -> np.ndarray:
 
 
 def product_flops(program: Program) -> float:
-    """2 per multiplication and addition of all matrix products, over all runs: recomputed, masked and padded ones too.
+    """2 per multiply-add of all matrix products, over all runs, including recomputed, masked and padded ones.
 
-    Products inside custom calls (a chip's own kernels) are not seen: ``custom_calls`` lists them.
+    Products inside custom calls (kernels of the chip) are invisible here: ``custom_calls`` lists those.
     """
     total = 0.0
     for instruction, computation, runs in program.running(inside_fusions=True):
@@ -133,7 +136,7 @@ def product_flops(program: Program) -> float:
 
 
 def custom_calls(program: Program) -> dict[str, int]:
-    """How often each custom-call target runs."""
+    """Number of runs of each custom-call target."""
     found: Counter[str] = Counter()
     for instruction, _, runs in program.running(inside_fusions=True):
         if instruction.opcode == "custom-call":
@@ -151,7 +154,7 @@ def _dot_terms(lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...],
 def _convolution_terms(
     lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...], attributes: str
 ) -> float:
-    """XLA:TPU writes products as convolutions, a batch as a window of which one position is not padding."""
+    """XLA:TPU writes products as convolutions, and a batch as a window with one position that is not padding."""
     labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", attributes)
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", attributes) or [""])[0]))
     if not labels:
@@ -181,9 +184,9 @@ def _convolution_terms(
 def hbm_traffic(program: Program) -> float:
     """Bytes read from and written to main memory by all kernels, over all runs.
 
-    A kernel reads each operand once and writes each result once; of an operand that it only slices or gathers
-    from, and of a result that it updates in place, only that part counts. What stays on chip between kernels
-    (XLA's memory space 1) is free. Kernels that read an operand several times move more.
+    Each kernel is taken to read its operands once and to write its results once. If it only slices or gathers from an
+    operand, or updates a result in place, only that part counts. Data that stay on chip between kernels (XLA's
+    memory space 1) are free. Kernels that read an operand several times move more than this says.
     """
     total = 0.0
     for instruction, computation, runs in program.running(inside_fusions=False):
@@ -196,11 +199,11 @@ def _touched(instruction: Instruction, computation: Computation, program: Progra
     if opcode in _FREE or opcode.endswith("-done"):
         return 0.0
     if opcode == "custom-call" and ("AllocateBuffer" in instruction.attributes or callees_of(instruction)):
-        return 0.0  # nothing is moved, or by the computation that it stands for
+        return 0.0  # moves nothing, or the computation that it calls is counted instead
     operands = [computation[name] for name in instruction.operands if name in computation]
     read = [float(operand.hbm_bytes) for operand in operands]
     written = float(instruction.hbm_bytes)
-    if opcode.endswith("-start"):  # its result holds the operands too
+    if opcode.endswith("-start"):  # its result includes the operands
         written = max(written - sum(read), 0.0)
     elif opcode in ("dynamic-slice", "gather", "slice"):
         read[0] = min(read[0], float(sum(buffer.bytes for buffer in instruction.buffers)))
@@ -218,7 +221,7 @@ def _touched(instruction: Instruction, computation: Computation, program: Progra
 
 
 def _read_of(source: Instruction, body: Computation, whole: float, program: Program) -> float:
-    """Bytes of a fusion's parameter that its users read."""
+    """Bytes of a fusion's parameter ``source`` that its users read; ``whole`` is its size."""
     total = 0.0
     for user in body.values():
         if user.opcode == "parameter" or source.name not in user.operands:
@@ -232,9 +235,7 @@ def _read_of(source: Instruction, body: Computation, whole: float, program: Prog
             inner = program.computations[callees_of(user)[0]]
             parameter = _parameter(user.operands.index(source.name), inner)
             total += _read_of(parameter, inner, whole, program)
-            if (
-                _without_bitcasts(result_of(inner), inner) is parameter
-            ):  # it only hands it on, in another shape
+            if _without_bitcasts(result_of(inner), inner) is parameter:  # passed on in another shape
                 total += _read_of(user, body, whole, program)
         elif not (first and user.opcode in ("dynamic-update-slice", "scatter")):
             return whole
@@ -246,14 +247,14 @@ def _parameter(number: int, body: Computation) -> Instruction:
 
 
 def _without_bitcasts(instruction: Instruction, body: Computation) -> Instruction:
-    """What it is another shape of."""
+    """The instruction behind any bitcasts."""
     while instruction.opcode == "bitcast":
         instruction = body[instruction.operands[0]]
     return instruction
 
 
 def _written_by(body: Computation, program: Program) -> float:
-    """Bytes that a fusion writes: a result that is an updated operand counts with the update."""
+    """Bytes that a fusion writes. Of a result that updates an operand in place, only the update counts."""
     root = result_of(body)
     results = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
     total = 0.0
@@ -268,7 +269,7 @@ def _written_by(body: Computation, program: Program) -> float:
 
 
 class Alive(NamedTuple):
-    """A value that occupies memory when most is occupied; "parameter" as opcode: an argument of the program."""
+    """A value in memory at the peak. The opcode "parameter" marks arguments of the program."""
 
     bytes: int
     shape: str
@@ -277,18 +278,18 @@ class Alive(NamedTuple):
 
 
 def alive_at_peak(program: Program, live_range: str) -> list[Alive]:
-    """The values that live when most memory is in use, largest first, from XLA's dump "...-live-range.txt"."""
+    """The values in memory at the peak, largest first, from XLA's dump "...-live-range.txt"."""
     _, _, peak = live_range.partition("(peak):")
     instructions = {i.name: i for computation in program.computations.values() for i in computation.values()}
     found = []
-    for name, place, size in re.findall(
+    for name, shape_index, size in re.findall(
         r"^\s+([\w.\-]+)\{([\d,]*)\}: (\d+) bytes \(cumulative", peak, re.MULTILINE
     ):
         instruction = instructions.get(name)
         if instruction is None:
             found.append(Alive(int(size), name, "?", ""))
             continue
-        index = int(place.split(",")[0]) if place else 0
+        index = int(shape_index.split(",")[0]) if shape_index else 0
         buffers = instruction.buffers
         buffer = buffers[index] if index < len(buffers) else None
         if buffer is None or buffer.in_hbm:

@@ -1,1 +1,1 @@
-"""How good a model is, how fast, and what each part of the recipe does."""
+"""Measurements: quality, speed, scaling, operations, and ablations of the recipe."""

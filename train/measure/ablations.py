@@ -1,19 +1,19 @@
-"""Six ways to go on from one dense model, on the same data in the same order: what does each part of the recipe do?
+"""Ablations of the recipe: six continuations of one dense model, on the same data in the same order.
 
     A  dense continued                     the reference
     B  warm-up, then sparse with L_I       the recipe of DeepSeek-V3.2-Exp
     C  warm-up, then sparse, indexer frozen
-    D  as B, but the "warm-up" runs L_I on the indexer's own selection: as many indexer steps, no dense target
+    D  as B, but the warm-up uses the indexer's own selection: as many indexer steps, no dense target
     E  sparse with an untrained, frozen indexer
     F  the most recent index_topk keys
 
-    python -m train.measure.ablations text --data data/stdlib --folder runs/arms_text [--seeds 0 1 2]
-    python -m train.measure.ablations recall --folder runs/arms_recall
+    python -m train.measure.ablations text --data data/stdlib --folder runs/ablations_text [--seeds 0 1 2]
+    python -m train.measure.ablations recall --folder runs/ablations_recall
 
-``text``: Python's sources, and facts hidden in them, of one token each, that are asked for at the end of the row.
-``recall``: associative recall with a pair in one token, nothing else. Every arm is judged on the same held-out rows.
-Writes seedN.json after every arm, and from all of these in the folder (seeds may run in separate processes) arms.md and
-arms.png. ``--tiny`` runs everything small, to see that it works.
+``text``: Python's sources, with facts of one token each hidden in them and asked for at the end of the row.
+``recall``: associative recall with each pair in one token, nothing else. All variants are evaluated on the same
+held-out rows. Writes seedN.json after each variant. From all seeds in the folder (they may run in separate processes)
+it then writes ablations.md and ablations.png. ``--tiny`` runs everything small, as a quick check.
 """
 
 import argparse
@@ -33,12 +33,14 @@ from dsa_jax.config import ModelConfig
 from train.config import Run, Source, Stage, dense, indexer_warmup, sparse
 from train.data.sources import n_ids, rows_of, validation_batches
 from train.data.synthetic import Needles
+from train.evaluation import DEPTHS
+from train.initial import initial_params
 from train.measure.evaluate import indexer_quality, needle_accuracy, score
-from train.trainer import DEPTHS, initial_params, train
+from train.trainer import train
 
 Attention = Literal["dense", "sparse", "window"]
-WORDS = 4096  # of the tokenizer that `python -m train.data.prepare` trains; the facts' ids are behind them
-TITLES = {
+TEXT_IDS = 4096  # of the tokenizer that `python -m train.data.prepare` trains; the facts' ids follow
+VARIANTS = {
     "A": "dense continued",
     "B": "warm-up, sparse, L_I (the recipe)",
     "C": "warm-up, sparse, indexer frozen",
@@ -50,29 +52,33 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Steps of the common dense stage, of the indexer's warm-up and of every arm; rows and tokens of a step.
+    """Steps of the common dense stage, of the warm-up and of each variant; rows per step and tokens per row.
 
-    fact_steps: before the dense stage, on rows a quarter as long and four times as many that ask for facts alone:
-    beside the text's thousand targets a row's few answers teach nothing.
+    fact_steps: before the dense stage, on rows a quarter as long and four times as many that ask for facts alone.
+    Among a thousand text targets per row, the few answers alone would teach nothing.
     """
 
     fact_steps: int = 0
     dense_steps: int = 1200
     warmup_steps: int = 240
-    arm_steps: int = 240
+    variant_steps: int = 240
     batch: int = 16
     seq_len: int = 1024
-    n_facts: int = 32  # of a row, each of which is asked for
+    n_facts: int = 32  # per row, all of them asked for
 
 
 def sources(task: str, budget: Budget, data: str | None) -> tuple[Source, ...]:
-    """The last one asks for facts."""
+    """The training data; the last source asks for facts.
+
+    Raises:
+      ValueError: the task "text" without ``data``, the prepared folder.
+    """
     if task == "recall":
         pairs = (("n_keys", 32), ("n_values", 16), ("n_pairs", budget.n_facts))
         return (Source(kind="associative_recall", options=pairs),)
     if data is None:
         raise ValueError("the task 'text' needs --data, the folder that `python -m train.data.prepare` wrote")
-    first, n_keys, n_values = WORDS, 32, 16
+    first, n_keys, n_values = TEXT_IDS, 32, 16
     keys, values = first + n_keys * n_values, first + n_keys * n_values + n_keys
     ids = {"first_fact": first, "first_key": keys, "first_value": values}
     options = {"n_needles": budget.n_facts, "n_keys": n_keys, "n_values": n_values} | ids
@@ -81,7 +87,7 @@ def sources(task: str, budget: Budget, data: str | None) -> tuple[Source, ...]:
 
 
 def model_config(seq_len: int, vocab_size: int) -> ModelConfig:
-    """About 4 M parameters, with index_topk a sixteenth of the row."""
+    """About 4 M parameters, with index_topk a sixteenth of the row length."""
     return ModelConfig(
         vocab_size=vocab_size, d_model=192, n_layers=4, n_dense_layers=1, n_heads=6, d_ff=512, d_expert=96,
         q_lora_rank=96, kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
@@ -91,16 +97,16 @@ def model_config(seq_len: int, vocab_size: int) -> ModelConfig:
     )  # fmt: skip
 
 
-def stages_of(arm: str, budget: Budget) -> tuple[Stage, ...]:
-    """What follows the dense stage in this arm."""
+def stages_of(variant: str, budget: Budget) -> tuple[Stage, ...]:
+    """The stages of this variant after the dense one."""
     warmup = indexer_warmup(budget.warmup_steps, data_seed=1)
     last: dict[str, Any] = {
-        "steps": budget.arm_steps,
+        "steps": budget.variant_steps,
         "lr": 3e-4,
         "data_seed": 2,
-        "lr_warmup": budget.arm_steps // 20,
+        "lr_warmup": budget.variant_steps // 20,
     }
-    match arm:
+    match variant:
         case "A":
             return (dense(**last),)
         case "B":
@@ -117,89 +123,104 @@ def stages_of(arm: str, budget: Budget) -> tuple[Stage, ...]:
 
 
 def run_seed(seed: int, budget: Budget, data: tuple[Source, ...], folder: Path, console: Console) -> None:
-    """Writes seedN.json: one row per arm, with its cross entropy on held-out rows and the facts it found.
+    """Writes seedN.json: one row per variant, with cross entropy on held-out rows and the share of facts found.
 
     The cross entropy is that of the first source, the facts are those of the last.
     """
     facts = rows_of(data[-1], budget.seq_len, "validation")
-    config = model_config(budget.seq_len, max(WORDS, n_ids(facts)))
+    config = model_config(budget.seq_len, max(TEXT_IDS, n_ids(facts)))
     common = Run(
         model=config, data=data, batch=budget.batch, seq_len=budget.seq_len, seed=seed, eval_batches=0,
         stages=(dense(budget.dense_steps, lr=2e-3, lr_warmup=budget.dense_steps // 20, lr_end=0.15, bias_step=0.01),),
         checkpoint_every=10**6, log_every=100, keep=1,
     )  # fmt: skip
-    begin = initial_params(common)
-    if budget.fact_steps:
-        steps, short = budget.fact_steps, budget.seq_len // 4
-        stage = dataclasses.replace(common.stages[0], name="facts", steps=steps, lr_warmup=steps // 20)
-        run = dataclasses.replace(
-            common, stages=(stage,), data=data[-1:], seq_len=short, batch=4 * common.batch
-        )
-        begin = train(run, folder / f"seed{seed}" / "facts", console, begin)
-    base = train(common, folder / f"seed{seed}" / "dense", console, begin)
-    judged, asked = (
-        validation_batches(dataclasses.replace(common, data=(source,), eval_batches=4))
-        for source in (data[0], data[-1])
-    )
-
-    def judge(params: Any, attention: Attention) -> dict[str, Any]:
-        switched = dataclasses.replace(config, attention=attention)
-        found: dict[str, Any] = {
-            "ce": score(params, switched, judged).cross_entropy,
-            "facts": score(params, switched, asked).accuracy,
-        }
-        if attention == "sparse":
-            if isinstance(facts, Needles):
-                found["by_depth"] = needle_accuracy(params, switched, facts, [budget.seq_len], DEPTHS)
-            layers = indexer_quality(params, switched, judged[0])
-            found["recall"] = [layer["recall"] / layer["recall_oracle"] for layer in layers]
-            found["kl"] = [layer["kl"] for layer in layers]
-        return found
-
+    of_seed = folder / f"seed{seed}"
+    start = learn_facts(common, budget.fact_steps, of_seed / "facts", console)
+    base = train(common, of_seed / "dense", console, start)
+    judge = Judge(common)
     about = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "budget": dataclasses.asdict(budget),
     }
-    rows = [{"seed": seed, "arm": "dense", "attention": a, **judge(base, a)} for a in get_args(Attention)]
-    for arm in TITLES:
-        run = dataclasses.replace(common, stages=stages_of(arm, budget))
+    rows = [{"seed": seed, "variant": "dense", "attention": a, **judge(base, a)} for a in get_args(Attention)]
+    for variant in VARIANTS:
+        run = dataclasses.replace(common, stages=stages_of(variant, budget))
         began = time.perf_counter()
-        params = train(run, folder / f"seed{seed}" / arm, console, jax.tree.map(np.asarray, base))
+        params = train(run, of_seed / variant, console, jax.tree.map(np.asarray, base))
         attention = run.stages[-1].attention
-        rows.append({"seed": seed, "arm": arm, "attention": attention, **judge(params, attention)})
+        rows.append({"seed": seed, "variant": variant, "attention": attention, **judge(params, attention)})
         (folder / f"seed{seed}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
         shown = {name: value for name, value in rows[-1].items() if name not in ("by_depth", "seed")}
         console.print(f"seed {seed}: {shown} ({time.perf_counter() - began:.0f} s)", soft_wrap=True)
 
 
+def learn_facts(common: Run, steps: int, folder: Path, console: Console) -> Any:
+    """What the dense stage starts from: random parameters, after ``steps`` steps on the last source alone."""
+    start = initial_params(common)
+    if not steps:
+        return start
+    stage = dataclasses.replace(common.stages[0], name="facts", steps=steps, lr_warmup=steps // 20)
+    run = dataclasses.replace(
+        common, stages=(stage,), data=common.data[-1:], seq_len=common.seq_len // 4, batch=4 * common.batch
+    )
+    return train(run, folder, console, start)
+
+
+class Judge:
+    """Evaluates parameters with one attention on held-out rows, the same for all variants."""
+
+    def __init__(self, common: Run) -> None:
+        self.config, self.seq_len = common.model, common.seq_len
+        self.facts = rows_of(common.data[-1], common.seq_len, "validation")
+        self.judged, self.asked = (
+            validation_batches(dataclasses.replace(common, data=(source,), eval_batches=4))
+            for source in (common.data[0], common.data[-1])
+        )
+
+    def __call__(self, params: Any, attention: Attention) -> dict[str, Any]:
+        """ce [nats], facts (share found), and for sparse attention also by_depth, recall and kl [layers]."""
+        config = dataclasses.replace(self.config, attention=attention)
+        found: dict[str, Any] = {
+            "ce": score(params, config, self.judged).cross_entropy,
+            "facts": score(params, config, self.asked).accuracy,
+        }
+        if attention == "sparse":
+            if isinstance(self.facts, Needles):
+                found["by_depth"] = needle_accuracy(params, config, self.facts, [self.seq_len], DEPTHS)
+            layers = indexer_quality(params, config, self.judged[0])
+            found["recall"] = [layer["recall"] / layer["recall_oracle"] for layer in layers]
+            found["kl"] = [layer["kl"] for layer in layers]
+        return found
+
+
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of all seeds in the folder that went through every arm."""
+    """The rows of those seeds in the folder that have all variants."""
     found = [json.loads(path.read_text())["rows"] for path in sorted(folder.glob("seed*.json"))]
-    return [row for rows in found if {row["arm"] for row in rows} >= set(TITLES) for row in rows]
+    return [row for rows in found if {row["variant"] for row in rows} >= set(VARIANTS) for row in rows]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The arms as Markdown: mean over the seeds, and the spread between the largest and the smallest."""
+    """The variants as Markdown: mean over the seeds, with the smallest and the largest value."""
 
-    def of(arm: str, name: str) -> list[float]:
-        return [row[name] for row in rows if row["arm"] == arm]
+    def of(variant: str, name: str) -> list[float]:
+        return [row[name] for row in rows if row["variant"] == variant]
 
-    lines = ["| arm | | CE, nats | above A | facts found |", "|---|---|---|---|---|"]
-    for arm, title in TITLES.items():
+    lines = ["| variant | | CE, nats | above A | facts found |", "|---|---|---|---|---|"]
+    for variant, title in VARIANTS.items():
         cells = [
-            spread(of(arm, "ce"), ".4f"),
-            spread(gaps(rows, arm), "+.4f"),
-            spread(of(arm, "facts"), ".3f"),
+            spread(of(variant, "ce"), ".4f"),
+            spread(gaps(rows, variant), "+.4f"),
+            spread(of(variant, "facts"), ".3f"),
         ]
-        lines.append(f"| {arm} | {title} | " + " | ".join(cells) + " |")
+        lines.append(f"| {variant} | {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def gaps(rows: list[dict[str, Any]], arm: str) -> list[float]:
-    """Nats by which the arm's cross entropy exceeds that of A, from the same dense model, seed by seed."""
-    reference = {row["seed"]: row["ce"] for row in rows if row["arm"] == "A"}
-    return [row["ce"] - reference[row["seed"]] for row in rows if row["arm"] == arm]
+def gaps(rows: list[dict[str, Any]], variant: str) -> list[float]:
+    """Nats by which the variant's cross entropy exceeds that of A from the same dense model, per seed."""
+    reference = {row["seed"]: row["ce"] for row in rows if row["variant"] == "A"}
+    return [row["ce"] - reference[row["seed"]] for row in rows if row["variant"] == variant]
 
 
 def spread(values: list[float], form: str) -> str:
@@ -208,49 +229,53 @@ def spread(values: list[float], form: str) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Two panels: cross entropy against arm A, and the facts that each arm found; a dot a seed."""
+    """Two panels: cross entropy above variant A, and the share of facts found; one dot per seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for place, arm in enumerate(TITLES):
-        found = [100 * row["facts"] for row in rows if row["arm"] == arm]
-        for panel, values in ((left, gaps(rows, arm)), (right, found)):
-            panel.bar(place, statistics.mean(values), color="#9db7d9")
-            panel.plot([place] * len(values), values, "o", color="#1f4e9c", markersize=4)
+    for x, variant in enumerate(VARIANTS):
+        found = [100 * row["facts"] for row in rows if row["variant"] == variant]
+        for panel, values in ((left, gaps(rows, variant)), (right, found)):
+            panel.bar(x, statistics.mean(values), color="#9db7d9")
+            panel.plot([x] * len(values), values, "o", color="#1f4e9c", markersize=4)
     for panel, label in ((left, "cross entropy above A, nats"), (right, "facts found, %")):
-        panel.set_xticks(range(len(TITLES)), list(TITLES))
+        panel.set_xticks(range(len(VARIANTS)), list(VARIANTS))
         panel.set_ylabel(label)
-        panel.set_xlabel("arm")
+        panel.set_xlabel("variant")
     left.axhline(0.0, color="#888888", linewidth=0.8)
-    figure.suptitle("Going on from one dense model: A dense, B the recipe, C to F without a part of it")
+    figure.suptitle("Continuations of one dense model: A dense, B the recipe, C to F without a part of it")
     figure.savefig(path, dpi=130)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m train.measure.ablations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=("text", "recall"))
     parser.add_argument("--data", help="folder that `python -m train.data.prepare` wrote")
-    parser.add_argument("--folder", type=Path, default=Path("runs/arms"), help="where results go")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the seeds to run here")
-    parser.add_argument("--tiny", action="store_true", help="few and small steps")
+    parser.add_argument("--folder", type=Path, default=Path("runs/ablations"), help="where results go")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run in this process"
+    )
+    parser.add_argument("--tiny", action="store_true", help="few and small steps, as a quick check")
     for field in dataclasses.fields(Budget):
         parser.add_argument("--" + field.name.replace("_", "-"), type=int, default=field.default)
     options = parser.parse_args(arguments)
     budget = Budget(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Budget)})
     if options.tiny:
         budget = Budget(
-            fact_steps=5, dense_steps=20, warmup_steps=5, arm_steps=5, batch=2, seq_len=256, n_facts=8
+            fact_steps=5, dense_steps=20, warmup_steps=5, variant_steps=5, batch=2, seq_len=256, n_facts=8
         )
     data = sources(options.task, budget, options.data)
     console = Console(highlight=False)
     for seed in options.seeds:
         run_seed(seed, budget, data, options.folder, console)
     rows = read_rows(options.folder)
-    (options.folder / "arms.md").write_text(table(rows) + "\n")
-    draw(rows, options.folder / "arms.png")
+    (options.folder / "ablations.md").write_text(table(rows) + "\n")
+    draw(rows, options.folder / "ablations.png")
     console.print(table(rows), soft_wrap=True)
     return 0
 

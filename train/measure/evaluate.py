@@ -1,8 +1,8 @@
-"""What a trained model is worth: cross entropy, accuracy on answers, and how well each indexer knows its attention.
+"""Evaluation: cross entropy, accuracy on answers, and how well each indexer predicts the attention of its layer.
 
-``params`` is what ``Transformer(config).init`` returns, a batch is a dict of ``tokens``, ``targets`` (-1 = no
-target) and ``segment_ids`` (0 = padding), each [B T] int32. Everything runs on the default device or on the mesh in
-use, compiled once per shape and configuration.
+``params`` is what ``Transformer(config).init`` returns. A batch is a dict of ``tokens``, ``targets`` (-1 = no target)
+and ``segment_ids`` (0 = padding), each [B T] int32. All of it runs on the default device or on the mesh in use, and
+compiles once per shape and config.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ RECENCY_TAUS = np.float32(2.0) ** np.arange(0, 18.5, 0.5, dtype=np.float32)  # t
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """Over all targets of some batches: their number, mean negative log-likelihood in nats, fraction predicted."""
+    """Over all targets of some batches: their number, the mean cross entropy in nats, and the fraction predicted."""
 
     n_targets: int
     cross_entropy: float
@@ -49,7 +49,7 @@ class Score:
 def score(
     params: Parameters, config: ModelConfig, batches: Iterable[Batch], attention: str | None = None
 ) -> Score:
-    """Cross entropy and accuracy of the next token, with the attention named ("dense", "sparse", None: config's).
+    """Cross entropy and accuracy of the next token, with this attention ("dense", "sparse"; None: the config's).
 
     Raises:
       ValueError: the batches hold no target.
@@ -61,7 +61,7 @@ def score(
         nats, right, count = nats + float(sums[0]), right + int(sums[1]), count + int(sums[2])
     if count == 0:
         raise ValueError(
-            "a cross entropy needs at least one target (a targets entry >= 0), the batches hold 0"
+            "a cross entropy needs at least one target (an entry of targets >= 0), the batches hold 0"
         )
     return Score(n_targets=count, cross_entropy=nats / count, accuracy=right / count)
 
@@ -74,7 +74,10 @@ def cross_entropy(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score_sums(params, config, tokens, targets, segment_ids):
+def _score_sums(
+    params: Parameters, config: ModelConfig, tokens: jax.Array, targets: jax.Array, segment_ids: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(nats, predictions that were right, targets), each summed over the batch."""
     _, _, aux = Transformer(config).apply(params, tokens, segment_ids=segment_ids, return_logits=False)
     nats, right = cross_entropy_per_token(aux["final_hidden"], params["params"]["head"], targets)
     return nats.sum(), right.sum(), (targets >= 0).sum()
@@ -95,13 +98,13 @@ def needle_accuracy(
     rows: int = 64,
     tokens_per_batch: int = 65536,
 ) -> list[dict[str, float | int]]:
-    """Accuracy of one asked needle by length of the row and depth of the needle, with dense and sparse attention.
+    """Accuracy of retrieving one needle by length of the row and depth of the needle, with dense and sparse attention.
 
-    ``needles`` says everything else; ``rows`` is rounded up to whole batches.
+    ``needles`` sets the rest of the task; ``rows`` is rounded up to whole batches.
 
     Returns:
-      length, depth, rows, accuracy_dense and accuracy_sparse of every pair of a length and a depth. Both
-      accuracies are of the same rows, and equal by construction where length <= index_topk.
+      length, depth, rows, accuracy_dense and accuracy_sparse for every pair of length and depth. Both accuracies are
+      of the same rows; where length <= index_topk they are equal by construction.
     """
     table = []
     for length in lengths:
@@ -123,28 +126,27 @@ def _stack(rows: Sequence[Batch]) -> dict[str, np.ndarray]:
 
 
 def indexer_quality(params: Parameters, config: ModelConfig, batch: Batch) -> list[dict[str, float | int]]:
-    """How far each layer's indexer is from the dense attention of its layer, beside what needs no training.
+    """How far each layer's indexer is from the dense attention of its layer, next to baselines that need no training.
 
-    The target p of a query is the softmax over all its visible keys, averaged over the heads
-    (DeepSeek-V3.2-Exp report, eq. 3). It is computed from the layer inputs of a forward pass with
-    ``config.attention``. All numbers are means over the queries that see more than K = ``config.index_topk``
-    keys: for the others every set of K keys is right.
+    The target p of a query is the softmax over all its visible keys, averaged over the heads (DeepSeek-V3.2-Exp
+    report, eq. 3). It is computed from the layer inputs of a forward pass with ``config.attention``. All numbers are
+    means over the queries that see more than K = ``config.index_topk`` keys; the others have nothing to select.
 
     Returns:
-      One dict per layer, the MTP layer last with ``layer == config.n_layers`` (its last query of a document, which
-      has no next token, is left out). In nats per query:
+      One dict per layer. The MTP layer is last, with ``layer == config.n_layers``; there the last query of each
+      document, which has no next token, is left out. In nats per query:
         kl           KL(p || softmax of the index scores)
-        entropy      H(p): what is left of a cross entropy when kl is 0
-        kl_uniform   KL(p || the same weight for every visible key) = log(visible keys) - entropy
-        kl_recency   KL(p || weights exp(-distance / tau)), with the one tau of ``RECENCY_TAUS`` that is best for
-                     this layer and this batch: ``recency_tau``, in tokens
-      The part of the attention, sum of p, that falls on K keys:
-        recall          the indexer's K
-        recall_oracle   the K largest of p, which no choice exceeds
+        entropy      H(p), the cross entropy that is left when kl is 0
+        kl_uniform   KL(p || equal weights for all visible keys) = log(visible keys) - entropy
+        kl_recency   KL(p || weights exp(-distance / tau)), with the tau of ``RECENCY_TAUS`` that fits this layer and
+                     batch best: ``recency_tau``, in tokens
+      The mass of p on K keys:
+        recall          those selected by the indexer
+        recall_oracle   the K largest of p, an upper bound
         recall_recency  the last K
-        recall_random   any K, on average: K / visible keys
-      And overlap, the part of the oracle's K keys that the indexer chose; queries, how many were counted.
-      No dict for a layer without such queries: there the indexer had nothing to choose.
+        recall_random   K keys at random, in expectation: K / visible keys
+      overlap: the fraction of the oracle's K keys that the indexer selected. queries: how many were counted.
+      A layer without such queries has no dict.
     """
     means = jax.device_get(_quality(params, _inference(config, None), batch["tokens"], batch["segment_ids"]))
     queries = means.pop("queries")
@@ -156,7 +158,9 @@ def indexer_quality(params: Parameters, config: ModelConfig, batch: Batch) -> li
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _quality(params, config, tokens, segment_ids):
+def _quality(
+    params: Parameters, config: ModelConfig, tokens: jax.Array, segment_ids: jax.Array
+) -> dict[str, jax.Array]:
     """Name -> mean per layer [L], the MTP layer last; "queries" is the number of queries counted."""
     placement, _ = place(segment_ids, None)
     rope = rotation(placement.positions, config)
@@ -246,7 +250,7 @@ def _of_queries(queries: Queries, keys: Keys, attn: Parameters, config: ModelCon
 def _means(
     per_query: dict[str, jax.Array], placement: Placement, counted: Array, config: ModelConfig
 ) -> dict[str, jax.Array]:
-    """Means over the queries that are counted and see more than K keys."""
+    """Means over the ``counted`` queries that see more than K keys."""
     K = config.index_topk
     n_keys = (placement.key_stop - placement.key_start).astype(jnp.float32)
     counted &= n_keys > K
@@ -267,13 +271,13 @@ def _means(
     return means | {"queries": n_counted}
 
 
-def _recency_kl(entropy, distance, n_keys, tau):
-    """KL(p || exp(-d / tau) / Z) over d = 0 .. n_keys - 1 needs of p only its entropy and its mean distance."""
+def _recency_kl(entropy: jax.Array, distance: jax.Array, n_keys: jax.Array, tau: jax.Array) -> jax.Array:
+    """KL(p || exp(-d / tau) / Z) over d = 0 .. n_keys - 1; p enters only by its entropy and its mean distance."""
     log_z = jnp.log(-jnp.expm1(-jnp.maximum(n_keys, 1.0) / tau)) - jnp.log(-jnp.expm1(-1.0 / tau))
     return distance / tau + log_z - entropy
 
 
 def _listed(indices: Int[Array, "B T K"], S: int) -> Float[Array, "B T S"]:
-    """1 at the listed keys; -1 lists none."""
+    """1 at the listed keys, 0 elsewhere; -1 stands for no key."""
     mark = jax.vmap(jax.vmap(lambda row, i: row.at[i].set(1.0)))
     return mark(jnp.zeros((*indices.shape[:2], S + 1)), jnp.where(indices < 0, S, indices))[..., :S]

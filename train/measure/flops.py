@@ -1,22 +1,21 @@
 """Floating-point operations of this implementation's forward pass and training step, per token.
 
-What is counted: matrix products, 2 operations per multiplication and addition, over the (query, key) pairs that
-mathematics needs: query t sees t + 1 keys, so a row of T tokens has (T + 1) / 2 of them per token on average, and
-a selection has min(K, t + 1). What is not: norms, softmax, rotations, the top-k, the index scores' relu and sum over
-heads, the embedding, keys that a blocked kernel multiplies and masks, and what is computed again in the backward
-pass. With the letters of ``dsa_jax.config``, per token and layer:
+Counted are matrix products, 2 operations per multiply-add, over the (query, key) pairs that the mathematics needs.
+Query t sees t + 1 keys, so a row of T tokens has (T + 1) / 2 pairs per token on average; a selection has min(K, t + 1).
+Not counted: norms, softmax, rotations, the top-k, relu and head sum of the index scores, the embedding, keys that a
+blocked kernel multiplies and then masks, and recomputation in the backward pass. With the letters of
+``dsa_jax.config``, per token and layer:
 
     projections   2 (D Q + Q N (P+R) + D (C+R) + C N (P+H) + N H D)    expanding the latent and absorbing cost the same
-    indexer       2 (Q I J + D J + D I) + 2 I J (T+1)/2                sparse and T > K only: else nothing is scored
-    attention     2 N (P+R+H) (T+1)/2                                  expanded heads (MHA), whatever is selected
+    indexer       2 (Q I J + D J + D I) + 2 I J (T+1)/2                only for sparse attention with T > K
+    attention     2 N (P+R+H) (T+1)/2                                  expanded heads (MHA), for any selection
                   2 N (2C+R) mean(min(K, t+1))                         absorbed heads (MQA) over the selected latents
                   (dense MQA: (T+1)/2 keys; a window: min(K, t+1) keys in both forms)
     feed_forward  6 D F, or 6 D F_expert (A + shared) + 2 D E          dense, or experts and router
-    index_kl      the target, 2 N (P+R) a visible pair or 2 N (C+R) a selected one, and the index dots, 2 I J
+    index_kl      per pair: target 2 N (P+R) if dense, 2 N (C+R) if selected, and index dot products 2 I J
 
-and per token once: head 2 D V; mtp 4 D D, one MoE layer and its head. Which form attention takes is the model's
-choice (``attention_form.prefers_mha``), so sparse attention over short rows costs what dense attention costs, and the
-indexer besides.
+and once per token: head 2 D V; mtp 4 D D, one MoE layer and its head. The model chooses the form of attention
+(``attention_form.prefers_mha``), so sparse attention over short rows costs as much as dense attention plus the indexer.
 """
 
 from typing import Literal
@@ -28,10 +27,10 @@ Flops = dict[str, float]  # part -> operations per token; the sum of the values 
 
 
 def forward_flops(config: ModelConfig, length: int, *, mtp: bool = False) -> Flops:
-    """Operations per token of logits for rows of ``length`` tokens, each one document, without a cache.
+    """Operations per token of a forward pass with logits, for rows of one document of ``length`` tokens, without cache.
 
     Raises:
-      ValueError: mtp is asked of a model without that layer, or length is not within 1 .. max_seq_len.
+      ValueError: mtp=True for a model without that layer, or length is not within 1 .. max_seq_len.
     """
     if not 1 <= length <= config.max_seq_len:
         raise ValueError(f"length must be within 1 .. max_seq_len={config.max_seq_len}, got {length}")
@@ -52,10 +51,10 @@ def training_flops(
 ) -> Flops:
     """Operations per token of one training step; ``config.attention`` says which attention.
 
-    trains "model": forward and twice that backward, the MTP layer included; the indexer's choice has no backward.
-    "both": and the KL, whose gradient costs 4 I J a pair, and the indexer's projections backward, which cost as
-    much as forward: their inputs are detached. "indexer": the model forward without heads, and the same for the
-    indexer; MTP is counted as a whole layer.
+    trains "model": the forward pass and twice as much backward, including the MTP layer; selection has no backward.
+    "both": also the index loss, whose gradient costs 4 I J per pair, and the backward pass of the indexer's
+    projections, which costs as much as their forward pass because their inputs are detached. "indexer": the model's
+    forward pass without heads, and the same for the indexer; MTP counts as a whole layer.
     """
     has_mtp, learns = bool(config.n_mtp_layers), trains != "model"
     if trains != "indexer":
@@ -79,12 +78,12 @@ def training_flops(
 
 
 def _visible(length: int) -> float:
-    """Mean over the queries of a row of the keys that they see."""
+    """Visible keys per query, mean over a row."""
     return (length + 1) / 2
 
 
 def _selected(config: ModelConfig, length: int) -> float:
-    """Mean over the queries of min(index_topk, visible keys)."""
+    """min(index_topk, visible keys) per query, mean over a row."""
     full = max(length - config.index_topk, 0)
     short = length - full
     return (short * (short + 1) / 2 + full * config.index_topk) / length
@@ -105,7 +104,7 @@ def _attention_layer(config: ModelConfig, length: int) -> Flops:
         dots = 2.0 * config.index_n_heads * config.index_head_dim
         indexer = _index_projections(config) + dots * _visible(length)
     mha = prefers_mha(config, length, length)
-    reads_all = config.attention == "dense" or (config.attention == "sparse" and mha)  # then masks
+    reads_all = config.attention == "dense" or (config.attention == "sparse" and mha)  # and masks
     keys = _visible(length) if reads_all else _selected(config, length)
     attention = 2.0 * N * (P + R + H if mha else 2 * C + R) * keys
     return {"projections": projections, "indexer": indexer, "attention": attention}
@@ -119,7 +118,7 @@ def _feed_forward(config: ModelConfig) -> tuple[float, float]:
 
 
 def _index_learning(config: ModelConfig, length: int) -> Flops:
-    """What one layer's KL adds to the forward pass: "indexer" its projections, "index_kl" target, dots, gradients."""
+    """What the index loss adds per layer: "indexer" projections; "index_kl" target, dot products and gradients."""
     N, C, R, P = config.n_heads, config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim
     dots = 2.0 * config.index_n_heads * config.index_head_dim
     if config.attention == "dense":
@@ -127,8 +126,6 @@ def _index_learning(config: ModelConfig, length: int) -> Flops:
     else:
         kl = _selected(config, length) * (2.0 * N * (C + R) + 3 * dots)
         if prefers_mha(config, length, length):
-            kl += (
-                2.0 * N * C * P
-            )  # only absorbed attention has already taken the queries into the latent space
+            kl += 2.0 * N * C * P  # absorbs the queries, which MQA attention would have done already
     forward_done = config.attention == "sparse" and length > config.index_topk
     return {"indexer": (1 if forward_done else 2) * _index_projections(config), "index_kl": kl}

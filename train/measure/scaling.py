@@ -1,9 +1,9 @@
-"""How fast training goes on several devices, and whether it computes the same.
+"""Training speed on several devices, and whether every mesh computes the same.
 
     python -m train.measure.scaling [--data 2 | --expert 2 | --context 2 ...] [--rows 2] [--length 32768] [--json FILE]
 
-times steps of the sparse stage of ``large`` with random weights and tokens, on one device or over a mesh of all.
-The first losses are printed in full: for the same rows they are those of any other mesh, up to the order of sums.
+times steps of the sparse stage of ``large`` with random weights and tokens, on one device or on a mesh of all.
+The losses are printed in full: for the same rows they match any other mesh up to summation order.
 """
 
 import argparse
@@ -21,13 +21,13 @@ import jax
 from dsa_jax.config import ModelConfig
 from dsa_jax.sharding import AXES
 from train.config import MeshSpec, Run, Source, sparse
+from train.initial import initial_params
 from train.loss import switched
 from train.measure.flops import training_flops
 from train.measure.throughput import medium, random_batch
 from train.metrics import memory_bytes
-from train.placement import Layout
+from train.placement import RunSharding
 from train.step import compiled_step
-from train.trainer import initial_params
 
 
 def large() -> ModelConfig:
@@ -36,28 +36,32 @@ def large() -> ModelConfig:
 
 
 def measure(run: Run, steps: int) -> dict[str, Any]:
-    """losses of the first ``steps`` steps, seconds of a step (median, the first left out), tokens and FLOPs per second
-    and device, bytes of the program's plan and of the device's peak (None where it does not say), compile_seconds.
+    """Times the first ``steps`` steps of a run.
+
+    Returns:
+      devices; losses of all steps; seconds per step (median without the first); tokens_per_s and flops_per_s per
+      device; planned_bytes of the compiled program; peak_bytes (None if the device does not report it);
+      compile_seconds.
     """
-    layout, stage = Layout(run), run.stages[0]
+    sharding, stage = RunSharding(run), run.stages[0]
     batch = random_batch(run.model, run.batch, run.seq_len)
-    with layout.in_use():
-        state = layout.begin_stage(0, initial_params(run, layout=layout), stage)
-        of_device = layout.batch({name: rows[layout.rows] for name, rows in batch.items()})
+    with sharding.use_mesh():
+        state = sharding.begin_stage(0, initial_params(run, sharding=sharding), stage)
+        inputs = sharding.global_batch({name: rows[sharding.rows] for name, rows in batch.items()})
         begin = time.perf_counter()
-        step = compiled_step(run.model, stage, 0.0, layout.mesh).lower(state, of_device).compile()
+        step = compiled_step(run.model, stage, 0.0, sharding.mesh).lower(state, inputs).compile()
         compile_seconds = time.perf_counter() - begin
         plan, losses, took = step.memory_analysis(), [], []
         for _ in range(steps):
             begin = time.perf_counter()
-            state, metrics = step(state, of_device)
+            state, metrics = step(state, inputs)
             losses.append(float(metrics["loss"]))
             took.append(time.perf_counter() - begin)
     seconds = statistics.median(took[1:])
-    rate = run.batch * run.seq_len / seconds / layout.n_devices
+    rate = run.batch * run.seq_len / seconds / sharding.n_devices
     flops = training_flops(switched(run.model, stage), run.seq_len, stage.trains)
     return {
-        "devices": layout.n_devices,
+        "devices": sharding.n_devices,
         "losses": losses,
         "seconds": seconds,
         "tokens_per_s_per_device": rate,
@@ -71,9 +75,9 @@ def measure(run: Run, steps: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.measure.scaling", description=large.__doc__)
     for axis in AXES:
-        parser.add_argument(f"--{axis}", type=int, default=1, help="ways in which this axis splits the work")
-    parser.add_argument("--rows", type=int, default=2, help="rows of a step, on all devices together")
-    parser.add_argument("--length", type=int, default=32768, help="tokens of a row")
+        parser.add_argument(f"--{axis}", type=int, default=1, help="size of this mesh axis")
+    parser.add_argument("--rows", type=int, default=2, help="rows per step, on all devices together")
+    parser.add_argument("--length", type=int, default=32768, help="tokens per row")
     parser.add_argument("--steps", type=int, default=4, help="steps, of which the first is not timed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
     options = parser.parse_args(arguments)
@@ -93,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = measure(run, options.steps)
     print(
         f"{options.rows} rows of {options.length}: {found['seconds']:.3f} s, "
-        f"{found['tokens_per_s_per_device']:.0f} tokens/s and {found['flops_per_s_per_device'] / 1e12:.1f} TFLOP/s a "
+        f"{found['tokens_per_s_per_device']:.0f} tokens/s and {found['flops_per_s_per_device'] / 1e12:.1f} TFLOP/s per "
         f"device, {found['planned_bytes'] / 2**30:.1f} GiB planned, compiled in {found['compile_seconds']:.0f} s\n"
         f"losses {', '.join(f'{loss:.7f}' for loss in found['losses'])}"
     )

@@ -1,4 +1,4 @@
-"""How fast a model runs, and in how much memory, by length of the row: dense beside sparse attention.
+"""Speed and memory of a model by row length, with dense and with sparse attention.
 
     python -m train.measure.throughput [--lengths 4096 16384 32768] [--tokens 32768] [--json FILE]
 
@@ -28,8 +28,10 @@ from train.step import begin_stage, train_step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pass:
-    """What ``throughput`` times: ``make(config)`` gives a function of (params, batch) that jit can compile, and
-    ``flops(config, length)`` its operations per token.
+    """What ``throughput`` times.
+
+    make: config -> a function of (params, batch) that ``jax.jit`` can compile. flops: (config, length) -> operations
+    of that function per token.
     """
 
     make: Callable[[ModelConfig], Callable[[Any, Any], Any]]
@@ -50,11 +52,11 @@ FORWARD = Pass(
         value / length if part == "head" else value for part, value in forward_flops(config, length).items()
     ),
 )
-"""A prefill: the whole row, the logits of its last token."""
+"""A prefill: the whole row, with logits for its last token only."""
 
 
 def _step(config: ModelConfig) -> Callable[[Any, Any], Any]:
-    """The parameters after one step; moments begin at zero in it, so memory is that of a step, state included."""
+    """One training step from zero moments; its memory includes the optimizer state."""
     stage = dense(1, lr=1e-4) if config.attention == "dense" else sparse(1, lr=1e-4, index_lr=1e-4)
 
     def run(params, batch):
@@ -70,7 +72,7 @@ STEP = Pass(
         training_flops(config, length, "model" if config.attention == "dense" else "both").values()
     ),
 )
-"""A training step: dense, or sparse with the indexers' KL on the selected keys; losses, gradients, AdamW."""
+"""A training step with losses, gradients and AdamW: dense, or sparse with the index loss on the selected keys."""
 
 
 def medium() -> ModelConfig:
@@ -85,7 +87,7 @@ def medium() -> ModelConfig:
 
 
 def random_batch(config: ModelConfig, batch: int, length: int) -> dict[str, np.ndarray]:
-    """Rows [B T] of random tokens, each one document; always the same."""
+    """Rows [B T] of random tokens, one document per row; the same on every call."""
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(batch, length), dtype=np.int32)
     return {
         "tokens": tokens,
@@ -104,17 +106,17 @@ def throughput(
     batch: int = 1,
     repeats: int = 5,
 ) -> list[dict[str, Any]]:
-    """Speed and memory by length of the rows, dense beside sparse, on the default device.
+    """Speed and memory by row length, with dense and with sparse attention, on the default device.
 
-    params default to random ones (time does not depend on them, but for the balance of the experts). passes
+    params default to random ones; time does not depend on them except through the balance of the experts. passes
     default to {"forward": FORWARD}.
 
     Returns:
-      One dict per length, pass and attention: pass, attention, implementation ("default" is the kernel of the
-      backend where there is one, see ``pallas_kernels.dispatch``), length, batch, seconds (median of
-      ``repeats`` after one call), tokens_per_s, flops_per_s (real operations, see ``train.measure.flops``; not those of
-      dense attention), argument_bytes and temporary_bytes (XLA's plan of the compiled program). Where memory did
-      not suffice, out_of_memory is True in place of the numbers.
+      One dict per length, pass and attention: pass, attention, implementation ("default" is the backend's kernel if
+      there is one, see ``pallas_kernels.dispatch``), length, batch, seconds (median of ``repeats`` calls after a first
+      one), tokens_per_s, flops_per_s (operations of ``train.measure.flops`` for this attention), argument_bytes and
+      temporary_bytes (XLA's plan of the compiled program). If memory does not suffice, out_of_memory is True and the
+      numbers are missing.
     """
     passes = passes or {"forward": FORWARD}
     if params is None:
@@ -164,11 +166,9 @@ def _measure(function: Callable[..., Any], params: Any, inputs: Any, repeats: in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.measure.throughput", description=medium.__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 32768], help="tokens per row")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[4096, 16384, 32768], help="tokens of a row"
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=32768, help="tokens of a step, in as many rows as it takes"
+        "--tokens", type=int, default=32768, help="tokens per step, in as many rows as it takes"
     )
     parser.add_argument("--attentions", nargs="+", choices=["dense", "sparse"], default=["dense", "sparse"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")

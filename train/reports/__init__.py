@@ -1,1 +1,1 @@
-"""What a run did, as text and pictures: ``python -m train.reports RUN_DIR``."""
+"""The report of a run, as text and pictures: `python -m train.reports RUN_DIR`."""

@@ -1,4 +1,4 @@
-"""The pictures of a run's report: each function draws one, or returns None where the run has nothing to show in it."""
+"""The pictures of a run's report. Each function draws one, or returns None if the run has no data for it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.reports.record import Record, place
+from train.reports.record import Record, moment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# The colour-blind safe palette of Okabe and Ito.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7a7a7a"
 STAGE_SHADES = ("#f3f5f8", "#e4e9f0")
 MAX_PANELS = 12
 
 
 def loss(record: Record) -> Figure | None:
-    """Training loss by step, with the validation CE of both attentions."""
+    """Training loss by step, with the validation CE of dense and sparse attention."""
     series = {name: _series(record, name) for name in ("ce", "mtp")}
     evaluations = [line for line in record.evaluations if "ce_dense" in line]
     if not evaluations and not any(len(steps) for steps, _ in series.values()):
@@ -44,7 +44,7 @@ def loss(record: Record) -> Figure | None:
 
 
 def index_kl(record: Record) -> Figure | None:
-    """KL of every layer's indexer by step, on a logarithmic axis, with the baselines of the evaluations."""
+    """Index loss per layer by step, on a logarithmic axis, with the baselines of the evaluations."""
     steps, values = _series(record, "index_kl")
     evaluated = {
         layer["layer"]: [
@@ -86,7 +86,7 @@ def index_kl(record: Record) -> Figure | None:
 
 
 def attention_mass(record: Record) -> Figure | None:
-    """Attention mass on the chosen keys by layer, one panel for each evaluation, beside what needs no indexer."""
+    """Attention mass on the selected keys by layer, one panel per evaluation, with baselines that need no indexer."""
     evaluations = [line for line in record.evaluations if line.get("indexer")]
     if not evaluations:
         return None
@@ -110,7 +110,7 @@ def attention_mass(record: Record) -> Figure | None:
         _bare(axes)
         axes.set_xlabel("layer")
         axes.set_ylabel("attention mass [share of 1]")
-        axes.set_title(f"{place(evaluations[index])} (step {evaluations[index]['step']:,})", fontsize=10)
+        axes.set_title(f"{moment(evaluations[index])} (step {evaluations[index]['step']:,})", fontsize=10)
     _outer_labels(panels)
     _legend(figure, panels[0][1])
     return figure
@@ -146,8 +146,8 @@ def needles(record: Record) -> Figure | None:
     for axes, attention in zip(both, ("dense", "sparse"), strict=True):
         grid = np.full((len(depths), len(lengths)), np.nan)
         for row in table:
-            place_in_grid = depths.index(row["depth"]), lengths.index(row["length"])
-            grid[place_in_grid] = row[f"accuracy_{attention}"]
+            cell = depths.index(row["depth"]), lengths.index(row["length"])
+            grid[cell] = row[f"accuracy_{attention}"]
         image = axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
         for (i, j), value in np.ndenumerate(grid):
             axes.text(
@@ -158,34 +158,38 @@ def needles(record: Record) -> Figure | None:
         axes.set_xlabel("length of the row [tokens]")
         axes.set_title(f"{attention} attention", fontsize=10)
     both[0].set_ylabel("depth of the needle\n(0 = start, 1 = end of the text)")
-    figure.colorbar(image, ax=both, label="share of right answers")
-    figure.suptitle(place(lines[-1]), fontsize=10)
+    figure.colorbar(image, ax=both, label="share of correct answers")
+    figure.suptitle(moment(lines[-1]), fontsize=10)
     return figure
 
 
 FIGURES: dict[str, tuple[str, Callable[[Any], Figure | None]]] = {
     "loss": ("Cross entropy by step; vertical lines separate the stages.", loss),
     "index_kl": (
-        "KL of every indexer to the attention of its layer. Training: over the keys its stage learns from (all visible "
-        "keys in the warm-up, the selected ones in the sparse stage) and over all queries. Validation and baselines: "
-        "over all visible keys of the queries that see more keys than they can choose.",
+        "Index loss (L_I) of each layer. Training: over all queries and the keys of the stage (all visible keys in the "
+        "warm-up, the selected keys in the sparse stage). Validation and baselines: over all visible keys of the "
+        "queries that see more keys than can be selected.",
         index_kl,
     ),
-    "attention_mass": ("Attention mass on the chosen keys, layer by layer.", attention_mass),
-    "expert_load": ("Load of the busiest expert of each MoE layer.", expert_load),
-    "needles": ("Needles found by length and depth.", needles),
+    "attention_mass": ("Attention mass on the selected keys, by layer.", attention_mass),
+    "expert_load": ("Load of the busiest expert in each MoE layer.", expert_load),
+    "needles": ("Share of needles found, by length and depth.", needles),
 }
 """File name -> (caption, function)."""
 
 
 def _series(record: Record, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [M] and values [M] or [M layers] of the lines that have this metric."""
+    """Steps [M] and values [M] or [M layers] of the lines with this metric."""
     lines = [line for line in record.metrics if line.get(name) is not None]
     return np.array([line["step"] for line in lines]), np.array([line[name] for line in lines], float)
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Raises NotImplementedError where matplotlib is missing."""
+    """An empty figure.
+
+    Raises:
+      NotImplementedError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:
@@ -196,7 +200,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _panels(count: int, width: float = 3.2) -> tuple[Figure, list[tuple[int, Axes]]]:
-    """(figure, (index, axes) of each panel): up to MAX_PANELS of them, evenly chosen, the last included."""
+    """(figure, (index, axes) of each panel): up to MAX_PANELS, evenly spaced over ``count``, including the last."""
     shown = np.unique(np.linspace(0, count - 1, min(count, MAX_PANELS)).round().astype(int))
     columns = min(len(shown), 4)
     rows = -(-len(shown) // columns)
@@ -208,7 +212,7 @@ def _panels(count: int, width: float = 3.2) -> tuple[Figure, list[tuple[int, Axe
 
 
 def _outer_labels(panels: Sequence[tuple[int, Axes]]) -> None:
-    """Axis labels only where no panel stands to the left or below."""
+    """Keeps axis labels only where no panel is to the left or below."""
     columns = min(len(panels), 4)
     for position, (_, axes) in enumerate(panels):
         if position % columns:
@@ -222,7 +226,7 @@ def _outer_labels(panels: Sequence[tuple[int, Axes]]) -> None:
 def _draw_by_stage(
     axes: Axes, record: Record, steps: np.ndarray, values: np.ndarray, label: str, color: Any
 ) -> None:
-    """Every report faintly, and their running mean; a stage without the metric leaves a gap."""
+    """All values in a faint line and their running mean; a stage without the metric leaves a gap."""
     for _, start, end in record.stages:
         inside = (steps > start) & (steps <= end)
         if not inside.any():

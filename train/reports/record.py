@@ -1,4 +1,4 @@
-"""A run's folder as its report reads it: config.json, metrics.jsonl and eval.jsonl of ``train.trainer``."""
+"""The folder of a run as its report reads it: config.json, metrics.jsonl and eval.jsonl of ``train.trainer``."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ Line = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a folder says about its run. ``metrics`` has at least one line; ``evaluations`` may have none."""
+    """The contents of a run's folder. ``metrics`` has at least one line; ``evaluations`` may have none."""
 
     name: str
     config: Line
@@ -21,7 +21,7 @@ class Record:
 
     @property
     def stages(self) -> list[tuple[str, int, int]]:
-        """(name, steps before it, its last step), as far as the run has come."""
+        """(name, steps before it, its last step) of each stage that has begun."""
         found, before, last = [], 0, self.metrics[-1]["step"]
         for stage in self.config["stages"]:
             if before < last:
@@ -33,12 +33,16 @@ class Record:
         return "MTP layer" if layer == self.config["model"]["n_layers"] else f"layer {layer}"
 
     def moe_layer_name(self, index: int) -> str:
-        """Of an entry of a list over the MoE layers."""
+        """Name of entry ``index`` in a list over the MoE layers."""
         return self.layer_name(index + self.config["model"]["n_dense_layers"])
 
 
 def read_run(folder: Path) -> Record:
-    """Raises ValueError, saying which file is missing, empty or no JSON."""
+    """The record of the run in ``folder``.
+
+    Raises:
+      ValueError: a file is missing, has no step yet or is not JSON; the message names it.
+    """
     for name in ("config.json", METRICS_FILE):
         if not (folder / name).is_file():
             raise ValueError(
@@ -55,6 +59,6 @@ def read_run(folder: Path) -> Record:
     return Record(name=folder.resolve().name, config=config, metrics=metrics, evaluations=evaluations)
 
 
-def place(line: Line) -> str:
-    """Where in the run an evaluation stands."""
+def moment(line: Line) -> str:
+    """When in the run an evaluation took place."""
     return "before training" if line["after"] == "before" else f"after {line['after']}"

@@ -1,6 +1,6 @@
-"""`python -m train.reports RUN_DIR`: what a run did, as report.md with pictures beside it.
+"""`python -m train.reports RUN_DIR` writes report.md and its pictures into the folder of a run.
 
-Reads config.json, metrics.jsonl and eval.jsonl as ``train.trainer`` writes them, and changes none of them.
+It reads config.json, metrics.jsonl and eval.jsonl as ``train.trainer`` writes them, and changes none of them.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from train.reports.figures import FIGURES
-from train.reports.record import Line, Record, place, read_run
+from train.reports.record import Line, Record, moment, read_run
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -57,10 +57,10 @@ def _summary(record: Record) -> str:
         f"# Run {record.name}\n\n"
         f"{last:,} of {total:,} steps: {stages}. Batches of {run['batch']} rows of {run['seq_len']:,} tokens; "
         f"{model['n_layers']} layers of width {model['d_model']}; sparse attention reads {model['index_topk']} keys "
-        f"a query; seed {run['seed']}.\n\n"
+        f"per query; seed {run['seed']}.\n\n"
         "CE is the mean negative log-likelihood per target. KL, H(p) and mass are means over the validation "
         f"queries that see more than {model['index_topk']} keys, where p is the dense attention summed over heads; "
-        "mass is the part of p on the chosen keys."
+        "mass is the share of p on the selected keys."
     )
 
 
@@ -71,7 +71,7 @@ def _evaluation_table(record: Record) -> str:
         shares = [layer["recall"] / layer["recall_oracle"] for layer in layers]
         rows.append(
             [
-                place(line),
+                moment(line),
                 f"{line['step']:,}",
                 *(_number(line.get(name), ".4f") for name in ("ce_dense", "ce_sparse")),
                 *(_number(line.get(name), ".3f") for name in ("accuracy_dense", "accuracy_sparse")),
@@ -80,7 +80,9 @@ def _evaluation_table(record: Record) -> str:
             ]
         )
     header = ["", "step", "CE dense [nats]", "CE sparse [nats]", "accuracy dense", "accuracy sparse"]
-    return _table([*header, "KL, mean of layers [nats]", "mass, share of the oracle's"], rows) if rows else ""
+    return (
+        _table([*header, "KL, mean of layers [nats]", "mass, relative to the oracle"], rows) if rows else ""
+    )
 
 
 def _indexer_table(record: Record) -> str:
@@ -98,7 +100,13 @@ def _indexer_table(record: Record) -> str:
         for layer in layers
     ]
     header = ["", "KL [nats]", "of uniform", "of best recency", "H(p) [nats]"]
-    header += ["mass", "of the oracle", "of the last keys", "of random keys", "keys shared with the oracle"]
+    header += [
+        "mass",
+        "of the oracle",
+        "of the most recent keys",
+        "of random keys",
+        "keys shared with the oracle",
+    ]
     return _table(header, rows) if rows else ""
 
 
@@ -116,7 +124,7 @@ def _speed_table(record: Record) -> str:
                     f"{memory / 2**30:.1f}" if memory else "",
                 ]
             )
-    header = ["stage", "tokens/s, median", "TFLOP/s of real operations", "peak memory [GiB]"]
+    header = ["stage", "tokens/s, median", "TFLOP/s of needed operations", "peak memory [GiB]"]
     return _table(header, rows) if rows else ""
 
 

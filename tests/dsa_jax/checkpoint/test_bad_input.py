@@ -1,4 +1,4 @@
-"""Every kind of bad source and destination: one line that says what is wrong, exit code 2, nothing written."""
+"""Every kind of bad source and destination gives one line that says what is wrong, exit code 2, and writes nothing."""
 
 import json
 import random
@@ -148,7 +148,7 @@ def test_a_bad_destination_or_option_is_one_clear_sentence(release, tmp_path, ca
     (taken / "thesis.tex").write_text("")
     for arguments, message in [
         ([source, str(taken)], "exists and is not an unfinished conversion; remove it or choose another"),
-        ([source, source], "must not be the source"),
+        ([source, source], "must not be the source, nor"),
         ([str(tmp_path / "absent"), str(tmp_path / "out")], "no folder"),
         ([source, str(tmp_path / "out"), "--max-memory", "lots"], "--max-memory takes a size such as 2GiB"),
         ([source, str(tmp_path / "out"), "--max-memory", "1MB"], "max_memory must be at least"),

@@ -103,7 +103,7 @@ def test_orbax_and_hugging_face_load_the_same_parameters(release, kept, param_dt
 
 
 def test_dequantised_and_quantised_again_the_values_are_the_same(release, tmp_path) -> None:
-    """And the scales too, but for blocks whose largest value was rounded down to a power of two times 224."""
+    """So are the scales, except in blocks whose largest value was rounded down to a power of two times 224."""
     convert(release, tmp_path / "orbax", dtype="bfloat16")
     convert(tmp_path / "orbax", tmp_path / "hf", quantize="fp8")
     before, after = HfFolder(release), HfFolder(tmp_path / "hf")
@@ -127,11 +127,13 @@ def test_bfloat16_quantised_on_export_is_what_write_hf_writes(plain, tmp_path) -
     convert(tmp_path / "orbax", tmp_path / "hf", quantize="fp8")
     write_hf(tmp_path / "direct", load_params(plain, tiny()), tiny(), quantize="fp8")
     assert tensors_of(tmp_path / "hf") == tensors_of(tmp_path / "direct")
+    shard = "model.safetensors"  # the order of the tensors is the same, too
+    assert (tmp_path / "hf" / shard).read_bytes() == (tmp_path / "direct" / shard).read_bytes()
     assert load_config(tmp_path / "hf") == tiny()
 
 
-def test_a_checkpoint_orbax_saved_itself_is_exported(plain, tmp_path) -> None:
-    """A training run's checkpoint: no metadata of ours, so config.json is given."""
+def test_a_checkpoint_saved_by_orbax_itself_is_exported(plain, tmp_path) -> None:
+    """A training run's checkpoint has none of our metadata, so config.json is given."""
     params = load_params(plain, tiny(fp8=None))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "trained", params)
@@ -173,7 +175,7 @@ def test_every_fault_of_the_source_is_found_before_anything_is_written(release, 
 
 
 @pytest.mark.parity
-def test_transformers_computes_the_same_from_what_came_back(plain, tmp_path) -> None:
+def test_transformers_computes_the_same_after_the_round_trip(plain, tmp_path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     convert(plain, tmp_path / "orbax")

@@ -1,4 +1,4 @@
-"""DeepSeek's converted files, and dense checkpoints that get an indexer: both end as the parameters they mean."""
+"""DeepSeek's converted files, and dense checkpoints that get an indexer: both load as the parameters they stand for."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ RENAMED = [
 
 
 def convert_as_deepseek(release: Path, path: Path) -> dict[str, np.ndarray]:
-    """Every released tensor but the MTP layer's, under its new name, cut into files of RANKS ranks."""
+    """Every released tensor except the MTP layer's, under its new name, split into files of RANKS ranks."""
     folder = HfFolder(release)
     ranks: list[dict[str, np.ndarray]] = [{} for _ in range(RANKS)]
     whole = {}
@@ -70,7 +70,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Path:
-    """The small model with every split size a multiple of a block, as in the real one."""
+    """The small model with every split size a multiple of a block, as in the released model."""
     path = tmp_path_factory.mktemp("release") / "fp8"
     write_release_checkpoint(path, "tiny_two_ranks")
     return path

@@ -1,4 +1,4 @@
-"""config.json: every spelling of the same model reads alike, and nothing is dropped in silence."""
+"""config.json: all spellings of a model give the same config, and nothing is silently dropped."""
 
 import json
 from typing import Any
@@ -67,7 +67,7 @@ def test_the_released_spelling_is_read_and_written() -> None:
             assert written[key] == value, key
 
 
-def test_old_and_new_spellings_read_alike() -> None:
+def test_old_and_new_spellings_give_the_same_config() -> None:
     assert from_hf(as_transformers_writes()) == tiny()
     yarn = CONFIGS["tiny"]["rope_scaling"]
     renamed = {"rope_type" if key == "type" else key: value for key, value in yarn.items()}
@@ -75,7 +75,7 @@ def test_old_and_new_spellings_read_alike() -> None:
     assert from_hf(released(rope_scaling=dict(renamed, type="yarn"))) == tiny()
 
 
-def test_a_default_rope_is_no_yarn() -> None:
+def test_a_default_rope_is_not_yarn() -> None:
     for values in (
         released(rope_scaling=None),
         released(rope_scaling="absent"),
@@ -112,7 +112,7 @@ def test_eos_is_an_integer_a_list_or_absent() -> None:
     assert from_hf(released(eos_token_id="absent")).eos_token_ids == ()
 
 
-def test_the_indexer_rotates_by_the_model_type_unless_told() -> None:
+def test_the_indexer_rope_follows_the_model_type_unless_stated() -> None:
     assert not from_hf(released()).index_rope_interleaved
     assert from_hf(released(model_type="glm_moe_dsa")).index_rope_interleaved
     assert from_hf(released(indexer_rope_interleave=True)).index_rope_interleaved
@@ -174,7 +174,7 @@ def test_layers_that_share_an_indexer_are_not_implemented(sharing) -> None:
         ("quantization_config", "fp8"),
     ],
 )
-def test_what_the_model_cannot_honour_is_named(key, value) -> None:
+def test_what_the_model_does_not_support_is_named(key, value) -> None:
     with pytest.raises(ValueError) as error:
         from_hf(released(**{key: value}))
     assert key in str(error.value) and repr(value) in str(error.value)
@@ -193,7 +193,7 @@ def test_what_the_model_cannot_honour_is_named(key, value) -> None:
         (dict(mscale="1"), ["mscale", "'1'"]),
     ],
 )
-def test_a_rope_that_is_not_ours_is_named(change, words) -> None:
+def test_an_unsupported_rope_is_named(change, words) -> None:
     with pytest.raises(ValueError) as error:
         from_hf(released(rope_scaling=CONFIGS["tiny"]["rope_scaling"] | change))
     assert all(word in str(error.value) for word in words), str(error.value)
@@ -220,7 +220,7 @@ def test_two_ropes_must_agree() -> None:
         (dict(bits=4), ["bits"]),
     ],
 )
-def test_a_quantisation_that_is_not_ours_is_named(change, words) -> None:
+def test_an_unsupported_quantisation_is_named(change, words) -> None:
     with pytest.raises(ValueError) as error:
         from_hf(released(quantization_config=CONFIGS["tiny"]["quantization_config"] | change))
     assert all(word in str(error.value) for word in words), str(error.value)

@@ -143,15 +143,15 @@ def test_a_stored_mtp_layer_is_left_out_when_the_config_has_none(release, caplog
     assert sum("MTP" in record.message for record in caplog.records) == 1
 
 
-def test_an_absent_mtp_layer_turns_it_off_unless_it_was_ordered(tmp_path, release, caplog) -> None:
+def test_an_absent_mtp_layer_is_turned_off_unless_it_was_requested(tmp_path, release, caplog) -> None:
     path = write_folder(tmp_path / "no_mtp", make_weights("tiny"), release[0], quantization_config=None)
     config = load_config(path)
     assert config == tiny(n_mtp_layers=0, fp8=None) and "n_mtp_layers is set to 0" in caplog.text
     assert "mtp" not in load_params(path, config)["params"]
-    ordered = load_config(path, n_mtp_layers=1)
-    n_missing = len(tensor_table(ordered)) - len(tensor_table(config))
-    assert ordered.n_mtp_layers == 1
-    assert f"{n_missing} tensors missing" in refusal(path, ordered)
+    requested = load_config(path, n_mtp_layers=1)
+    n_missing = len(tensor_table(requested)) - len(tensor_table(config))
+    assert requested.n_mtp_layers == 1
+    assert f"{n_missing} tensors missing" in refusal(path, requested)
 
 
 def test_a_folder_with_config_only_keeps_its_mtp_layer(tmp_path, release) -> None:
@@ -313,7 +313,7 @@ def test_quantising_without_a_quantised_config_uses_power_of_two_scales(tmp_path
     assert load_config(tmp_path / "plain").fp8 == Fp8Config(scale_fmt=None)
 
 
-def test_shards_keep_to_their_size_and_the_index_lists_every_tensor(tmp_path, release) -> None:
+def test_shards_stay_below_their_limit_and_the_index_lists_every_tensor(tmp_path, release) -> None:
     params = load_params(release[0], tiny())
     limit = 1_000_000
     write_hf(tmp_path / "out", params, tiny(), max_shard_bytes=limit)

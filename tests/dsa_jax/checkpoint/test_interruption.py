@@ -1,4 +1,4 @@
-"""Conversions killed at any point, a full disk, a second process: resumed to the same bits, or refused."""
+"""Conversions killed at any point, on a full disk, by two processes: resumed to the same bits, or refused."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from dsa_jax.checkpoint.job import JOURNAL, MARKER, Job
 from dsa_jax.checkpoint.orbax_folder import OrbaxReader
 
 ROOT = Path(__file__).resolve().parents[3]
-# Small pieces, small commits, and a pause after each, so that there is a middle to be killed in.
+# Small pieces and commits with a pause after each leave time to kill the process in the middle.
 SLOW_CONVERT = """
 import sys, time
 from dsa_jax.checkpoint import conversion, pieces
@@ -49,7 +49,7 @@ def content(path: Path) -> dict[str, bytes]:
 
 
 class Crash(BaseException):
-    """Not an Exception, so that nothing can handle it: as sudden as a kill, but inside one process."""
+    """Not an Exception, so that nothing handles it: as abrupt as a kill, but inside one process."""
 
 
 def crash_at(monkeypatch, n: int, *, before: bool) -> None:
@@ -76,7 +76,9 @@ def test_a_crash_around_any_step_is_resumed(release, tmp_path, monkeypatch, smal
             crash_at(patch, at, before=before)
             with pytest.raises(Crash):
                 convert(source, tmp_path / name, max_shard_bytes=500_000)
-        with pytest.raises(ValueError, match=r"unfinished conversion; finish it.*dsa-jax convert"):
+        with pytest.raises(
+            ValueError, match=r"unfinished conversion; rerun the same command.*dsa-jax convert"
+        ):
             load_config(tmp_path / name)
         outcome = convert(source, tmp_path / name, max_shard_bytes=500_000)
         assert outcome.resumed and outcome.bytes_written <= outcome.total_bytes
@@ -85,7 +87,7 @@ def test_a_crash_around_any_step_is_resumed(release, tmp_path, monkeypatch, smal
         source = tmp_path / "orbax"
 
 
-def test_nothing_of_a_crash_is_left_behind(release, tmp_path, monkeypatch, small_steps) -> None:
+def test_a_crash_leaves_nothing_behind(release, tmp_path, monkeypatch, small_steps) -> None:
     convert(release, tmp_path / "whole")
     with monkeypatch.context() as patch:
         crash_at(patch, 5, before=True)
@@ -146,7 +148,7 @@ def test_another_request_does_not_resume(release, tmp_path, monkeypatch, small_s
         convert(release, tmp_path / "out")
 
 
-def test_an_unfinished_conversion_is_no_source(release, tmp_path, monkeypatch, small_steps) -> None:
+def test_an_unfinished_conversion_is_refused_as_a_source(release, tmp_path, monkeypatch, small_steps) -> None:
     interrupt(release, tmp_path / "out", monkeypatch)
     for use in (lambda p: convert(p, tmp_path / "next"), verify, load_config):
         with pytest.raises(ValueError, match="unfinished conversion"):
@@ -173,7 +175,7 @@ def test_a_crash_before_the_marker_leaves_the_destination_free(release, tmp_path
     assert sorted(file.name for file in (tmp_path / "out").iterdir() if "INCOMPLETE" in file.name) == []
 
 
-def test_checksums_say_into_which_pieces_they_cut(release, tmp_path, monkeypatch) -> None:
+def test_verify_uses_the_piece_size_of_the_checksums(release, tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("dsa_jax.checkpoint.pieces.PIECE_BYTES", 100_000)
         convert(release, tmp_path / "orbax")
@@ -188,7 +190,7 @@ def test_a_disk_too_small_is_refused_before_writing(release, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("direction", ["to orbax", "to hf"])
-def test_a_disk_that_fills_up_is_said_and_resumed(release, tmp_path, direction) -> None:
+def test_a_full_disk_is_reported_and_the_conversion_resumed(release, tmp_path, direction) -> None:
     """A limit on the size of files stands in for the full disk: the write fails half way."""
     source = release
     if direction == "to hf":

@@ -1,4 +1,4 @@
-"""load_params from every kind of checkpoint: sharded equals unsharded, and weights kept in FP8 compute the same."""
+"""load_params from every kind of checkpoint: sharded equals unsharded, and FP8 weights compute the same."""
 
 import dataclasses
 import json
@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsa_jax.checkpoint import ReadCount, convert, load_params, write_hf
+from dsa_jax.checkpoint import ReadCount, convert, load_config, load_params, names, write_hf
 from dsa_jax.checkpoint.hf_reader import HfFolder
 from dsa_jax.config import tiny
+from dsa_jax.demo.demo import NANO
 from dsa_jax.fp8.weight import Fp8Weight
+from dsa_jax.sharding import RULES, batch_sharding, make_mesh, param_shardings, use_rules
 from dsa_jax.transformer import Transformer
 from tests.vectors.weights import make_tokens
 
 ROOT = Path(__file__).resolve().parents[3]
+MESHES = [{}, {"tensor": 4}, {"expert": 2, "context": 2, "tensor": 2}, {"expert": 8}]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,8 @@ def folders(release, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Mesh:
+def other_mesh() -> Mesh:
+    """A mesh of the user's own, with other axes than the model's."""
     if len(jax.devices()) < 8:
         pytest.skip("needs eight devices")
     return Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "model"))
@@ -49,40 +53,97 @@ def assert_same(left: Any, right: Any) -> None:
     jax.tree.map(compare, left, right)
 
 
+def assert_sharded_as_param_shardings_says(params: Any, config: Any, mesh: Mesh) -> None:
+    shardings = param_shardings(params, config, mesh)
+    assert jax.tree.all(jax.tree.map(lambda leaf, where: leaf.sharding == where, params, shardings))
+
+
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", ["hf", "orbax fp8", "orbax bf16"])
 @pytest.mark.parametrize("keep_fp8", [False, True])
-def test_sharded_equals_unsharded(folders, mesh, kind, keep_fp8) -> None:
+def test_sharded_equals_unsharded(folders, kind, keep_fp8) -> None:
     config = tiny(param_dtype="bfloat16")
     whole = load_params(folders[kind], config, keep_fp8=keep_fp8)
-    sharded = load_params(folders[kind], config, mesh, keep_fp8=keep_fp8)
-    assert_same(sharded, whole)
-    leaves = jax.tree.leaves(sharded)
-    split = [leaf for leaf in leaves if not leaf.sharding.is_fully_replicated]
-    assert sum(leaf.size for leaf in split) > 0.9 * sum(leaf.size for leaf in leaves)
-    assert all(leaf.addressable_shards[0].data.size * 8 == leaf.size for leaf in split)
+    for axes in MESHES:
+        mesh = make_mesh(**axes)
+        sharded = load_params(folders[kind], config, mesh, keep_fp8=keep_fp8)
+        assert_same(sharded, whole)
+        assert_sharded_as_param_shardings_says(sharded, config, mesh)
+        if not keep_fp8 and "tensor" not in axes:  # over which parameters without heads are not sharded
+            leaves = jax.tree.leaves(sharded)
+            per_device = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
+            assert per_device * 8 < 1.1 * sum(leaf.size for leaf in leaves)
+
+
+@pytest.mark.devices(8)
+def test_arrays_are_placed_by_the_rules_in_use(folders) -> None:
+    config, mesh = tiny(), make_mesh(tensor=2)
+    with use_rules(dataclasses.replace(RULES, fsdp=("context", "data"), fsdp_of_experts=())):
+        params = load_params(folders["orbax bf16"], config, mesh)
+        assert_sharded_as_param_shardings_says(params, config, mesh)
+    assert params["params"]["embed"].sharding.spec == PartitionSpec(None, ("context", "data"))
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("axes", [{"expert": 2, "tensor": 2}, {"context": 4}], ids=str)
+def test_a_jitted_forward_pass_takes_loaded_parameters_as_they_are(axes, capfd) -> None:
+    """jit refuses arrays whose sharding is another than its in_shardings, and XLA reports costly reshards."""
+    config, mesh = load_config(NANO, n_mtp_layers=0, dtype="float32"), make_mesh(**axes)
+    params = load_params(NANO, config, mesh)
+    assert_sharded_as_param_shardings_says(params, config, mesh)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(config.vocab_size, size=(4, 16)), jnp.int32)
+    where = param_shardings(params, config, mesh), batch_sharding(config, mesh, *tokens.shape)
+    forward = jax.jit(lambda params, tokens: Transformer(config).apply(params, tokens)[0], in_shardings=where)
+    with jax.set_mesh(mesh):
+        logits = forward(params, tokens)
+        with pytest.raises(ValueError, match="[Ss]harding"):
+            forward(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), tokens)
+    alone = jax.jit(Transformer(config).apply)(load_params(NANO, config), tokens)[0]
+    np.testing.assert_allclose(logits, alone, atol=1e-4, rtol=1e-4)
+    assert "rematerialization" not in capfd.readouterr().err
+
+
+def test_a_mesh_with_other_axes_is_refused(folders, other_mesh) -> None:
+    with pytest.raises(
+        ValueError, match="must have the axes data, expert, context, tensor, got data, model; "
+    ):
+        load_params(folders["hf"], tiny(), other_mesh)
+
+
+@pytest.mark.devices(8)
+def test_a_mesh_that_does_not_divide_the_model_is_refused_before_anything_is_read(tmp_path) -> None:
+    with pytest.raises(ValueError, match="n_heads must be a multiple of the mesh's tensor=8, got 4"):
+        load_params(tmp_path / "absent", tiny(), make_mesh(tensor=8))
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax fp8"])
+def test_a_load_expands_the_table_of_tensors_once(folders, kind) -> None:
+    names._expanded.cache_clear()
+    load_params(folders[kind], tiny())
+    assert names._expanded.cache_info().misses == 1
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize("kind", ["hf", "orbax fp8"])
-def test_any_axis_of_the_matrices_may_be_split(folders, mesh, kind, axis) -> None:
+def test_any_axis_of_the_matrices_may_be_sharded(folders, other_mesh, kind, axis) -> None:
     """Shards that begin inside a 128 x 128 block get that block's scale, in the ragged matrix too."""
 
     def rule(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
         spec: list[Any] = [None] * len(shape)
         if len(shape) > 1 and shape[axis] % 8 == 0:
             spec[axis] = ("data", "model")
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        return NamedSharding(other_mesh, PartitionSpec(*spec))
 
     config = tiny()
     assert_same(load_params(folders[kind], config, shardings=rule), load_params(folders[kind], config))
 
 
-def test_shardings_may_be_a_tree_of_the_parameters(release, mesh) -> None:
+def test_shardings_may_be_a_tree_of_the_parameters(release, other_mesh) -> None:
     config = tiny()
     whole = load_params(release, config, keep_fp8=True)
-    rule = NamedSharding(mesh, PartitionSpec())
-    tree = jax.tree.map(lambda leaf: rule, whole, is_leaf=lambda leaf: isinstance(leaf, Fp8Weight))
-    experts = NamedSharding(mesh, PartitionSpec(None, "model"))
+    replicated = NamedSharding(other_mesh, PartitionSpec())
+    tree = jax.tree.map(lambda leaf: replicated, whole, is_leaf=lambda leaf: isinstance(leaf, Fp8Weight))
+    experts = NamedSharding(other_mesh, PartitionSpec(None, "model"))
     tree["params"]["moe_layers"]["ffn"]["experts"] = dict.fromkeys(("w_gate", "w_up", "w_down"), experts)
     params = load_params(release, config, shardings=tree, keep_fp8=True)
     assert_same(params, whole)
@@ -92,17 +153,19 @@ def test_shardings_may_be_a_tree_of_the_parameters(release, mesh) -> None:
     with pytest.raises(ValueError, match="shardings have no entry for embed"):
         load_params(release, config, shardings=tree)
     with pytest.raises(ValueError, match="not both"):
-        load_params(release, config, mesh, shardings=tree)
+        load_params(release, config, other_mesh, shardings=tree)
 
 
-def test_every_byte_is_read_once(folders, mesh, monkeypatch) -> None:
-    """One process holds all eight devices here: replicas are not read again, and nothing is read in vain."""
-    # The small model's rows are shorter than what is worth a call of its own.
-    monkeypatch.setattr("dsa_jax.checkpoint.safetensors_file._SHORTEST_SEGMENT", 1)
-    for kind in ("hf", "orbax fp8"):
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("keep_fp8", [False, True])
+@pytest.mark.parametrize("kind", ["hf", "orbax fp8"])
+def test_every_byte_is_read_once(folders, kind, keep_fp8) -> None:
+    """One process has all eight devices here: replicas are not read again, nor rows that devices share."""
+    for axes in MESHES:
         count = ReadCount()
-        load_params(folders[kind], tiny(param_dtype="bfloat16"), mesh, keep_fp8=True, count=count)
-        assert count.total <= count.read < 1.1 * count.total, kind
+        config, mesh = tiny(param_dtype="bfloat16"), make_mesh(**axes)
+        load_params(folders[kind], config, mesh, keep_fp8=keep_fp8, count=count)
+        assert count.total <= count.read < 1.1 * count.total, axes
 
 
 HOST = """
@@ -111,13 +174,12 @@ import jax, numpy as np
 rank, port, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
 from dsa_jax.checkpoint import ReadCount, load_config, load_params, safetensors_file
-from jax.sharding import Mesh
+from dsa_jax.sharding import make_mesh
 safetensors_file._SHORTEST_SEGMENT = 1
 config = load_config(path, param_dtype="bfloat16")
-whole = load_params(path, config, keep_fp8=True)
+whole = load_params(path, config)
 count = ReadCount()
-mesh = Mesh(np.array(jax.devices()), ("model",))
-sharded = load_params(path, config, mesh, keep_fp8=True, count=count)
+sharded = load_params(path, config, make_mesh(), count=count)
 def compare(a, b):
     for shard in a.addressable_shards:
         assert np.asarray(shard.data).tobytes() == np.asarray(b)[shard.index].tobytes()

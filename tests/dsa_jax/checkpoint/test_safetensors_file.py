@@ -1,4 +1,4 @@
-"""Reading by byte range: what safetensors wrote comes back, and a damaged file is a clear ValueError."""
+"""Reading by byte range: everything safetensors wrote is read back, and a damaged file raises a clear ValueError."""
 
 import json
 import random

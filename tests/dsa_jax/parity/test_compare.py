@@ -1,4 +1,4 @@
-"""The report of `compare` on made-up runs, and our model against transformers' on random checkpoints."""
+"""The report of `compare` on made-up runs, and our model compared with transformers' on random checkpoints."""
 
 import dataclasses
 import importlib.util
@@ -63,7 +63,7 @@ def test_a_run_equals_itself(ours, reference):
 
 
 def test_selected_keys_are_sets_of_visible_keys(ours, reference):
-    """The order, -1, and keys of the future that fill up short rows, say nothing."""
+    """Order, -1, and future keys that pad short rows make no difference."""
     selected = np.sort(ours["layer0.topk"], -1)
     ours["layer0.topk"] = np.where(selected <= np.arange(TOKENS)[:, None], selected, -1)
     assert compare(ours, reference).passed
@@ -139,7 +139,7 @@ def test_the_table_has_a_row_per_layer_and_empty_cells_for_what_is_unknown(ours,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda ours, ref: ref.pop("logits"), "no 'logits'"),
+        (lambda ours, ref: ref.pop("logits"), "must hold 'logits'"),
         (lambda ours, ref: ours.pop("layer1.out"), "holds 'layer1.out', our run does not"),
         (lambda ours, ref: ours.update({"logits": ours["logits"][:1]}), "has shape"),
         (lambda ours, ref: ours.update({"input_ids": ours["input_ids"] + 1}), "different tokens"),
@@ -159,7 +159,7 @@ def test_json_holds_the_numbers_of_the_table(ours, reference):
     assert content["tolerance"] == dataclasses.asdict(Tolerance())
 
 
-# Against transformers: every two values of {seed, YaRN, dense layers, index_topk} meet in one of these.
+# With transformers. Every pair of values of {seed, YaRN, dense layers, index_topk} occurs in one case.
 
 needs_torch = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")),
@@ -189,7 +189,7 @@ CASES = [
 
 
 def write_random_model(folder: Path, seed: int, **sizes: object) -> None:
-    """A checkpoint written by transformers, with weights that make every part matter.
+    """A checkpoint written by transformers, with weights that make every part of the model matter.
 
     The default initialisation would hide mistakes: zero biases, unit norms, and scores almost equal to each
     other.

@@ -27,7 +27,7 @@ from dsa_jax.sharding import (
 from dsa_jax.sharding.mesh import mesh_in_use
 from dsa_jax.transformer import Transformer
 
-pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)")
+pytestmark = pytest.mark.devices(8)
 
 CONFIG = tiny(n_layers=1, n_dense_layers=1, n_mtp_layers=0, index_topk=4, dtype="float32")
 OTHER_AXES = r"the mesh must have the axes data, expert, context, tensor, got .*make_mesh makes one"

@@ -26,10 +26,6 @@ from dsa_jax.transformer import Transformer
 from tests.train.small import CONFIG as SMALL
 from tests.train.small import T, batch_of
 
-eight_devices = pytest.mark.skipif(
-    jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)"
-)
-
 CONFIG = dataclasses.replace(SMALL, n_heads=4, query_block=4, index_topk=8)
 OTHER_RULES = {
     "parameters replicated": dataclasses.replace(RULES, fsdp=(), fsdp_of_experts=()),
@@ -67,7 +63,7 @@ def test_the_default_rules_are_in_use_until_others_are():
     assert rules_in_use() == RULES
 
 
-@eight_devices
+@pytest.mark.devices(8)
 def test_rules_are_an_argument_or_those_in_use():
     mesh = make_mesh(expert=2, tensor=2)
     shapes = {"params": {"embed": jax.ShapeDtypeStruct((64, 32), jnp.float32)}}
@@ -90,7 +86,7 @@ def test_rules_are_an_argument_or_those_in_use():
         assert placed(rules=RULES) == default
 
 
-@eight_devices
+@pytest.mark.devices(8)
 def test_a_mesh_is_checked_against_the_rules():
     config, mesh = dataclasses.replace(CONFIG, n_heads=2), make_mesh(tensor=4)
     with pytest.raises(ValueError, match="n_heads must be a multiple of the mesh's tensor=4, got 2"):
@@ -101,7 +97,7 @@ def test_a_mesh_is_checked_against_the_rules():
         check_mesh(config, mesh, batch=6, rules=rows_over_tensor)
 
 
-@eight_devices
+@pytest.mark.devices(8)
 def test_a_jitted_function_is_traced_again_under_other_rules():
     traced = []
 
@@ -120,7 +116,7 @@ def test_a_jitted_function_is_traced_again_under_other_rules():
     assert traced == [RULES, other]
 
 
-@eight_devices
+@pytest.mark.devices(8)
 def test_experts_are_dispatched_only_where_the_rules_shard_them():
     with jax.set_mesh(make_mesh(expert=4)):
         assert (expert_devices(8), query_axes(T)) == (4, ())
@@ -134,7 +130,7 @@ def outputs(params, tokens):
     return logits, aux["topk_indices"]
 
 
-@eight_devices
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("rules", OTHER_RULES.values(), ids=OTHER_RULES.keys())
 def test_other_rules_give_other_shardings_and_the_same_numbers(rules):
     tokens, mesh = batch_of([20, 9], [T], [5, 20], [31])["tokens"], make_mesh(expert=2, context=2, tensor=2)

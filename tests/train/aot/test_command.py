@@ -64,7 +64,7 @@ def test_a_step_compiles_for_a_tpu_and_everything_is_reported(tmp_path, capsys):
         "capacity",
         "all-gather",
         "estimated, not measured",
-        "alive when",
+        "alive at peak",
         "docs.cloud.google.com",
     ):
         assert words in printed
@@ -110,7 +110,7 @@ def test_suggest_compiles_the_best_and_ranks_them(tmp_path, capsys):
     assert code == 0 and first["fits"] and first["mesh"] != second["mesh"]
     total = [sum(found["seconds_estimated"].values()) for found in (first, second)]
     assert total == sorted(total)
-    assert "guessed" in capsys.readouterr().out
+    assert "quick estimate" in capsys.readouterr().out
 
 
 def job(**changes):

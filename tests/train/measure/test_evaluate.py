@@ -1,4 +1,4 @@
-"""Evaluation against NumPy float64, written from the equations one query at a time, on the model's own q and k."""
+"""Evaluation against NumPy float64 on the model's own q and k, one query at a time, written from the equations."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ def params():
 
 @functools.cache
 def batch():
-    """Two documents and padding in the first row, one document in the second."""
+    """First row: two documents and padding. Second row: one document."""
     rng = np.random.default_rng(0)
     segment_ids = np.ones((2, T), np.int32)
     segment_ids[0] = np.repeat([1, 2, 0], [20, 23, 5])
@@ -51,7 +51,7 @@ def batch():
 
 @jax.jit
 def layer_inputs(params, tokens, ids):
-    """[3 B T D]: of the two main layers, and of the MTP layer's block by what it added to its input."""
+    """[3 B T D]: of the two main layers, and of the MTP layer's block, as its output less what it added."""
     model = Transformer(CONFIG)
     _, _, main = model.apply(params, tokens, segment_ids=ids, capture=("out",))
     following, parts = jnp.roll(tokens, -1, axis=1), ("attn", "ffn", "out")
@@ -64,7 +64,7 @@ def layer_inputs(params, tokens, ids):
 
 @jax.jit
 def projected(x, parameters, ids):
-    """What one layer's attention and indexer multiply, and the keys that each query may see."""
+    """The operands of one layer's attention and indexer, and the interval of keys that each query may see."""
     placement, _ = place(ids, None)
     rope = rotation(placement.positions, CONFIG)
     attn = parameters["attn"]
@@ -77,7 +77,7 @@ def projected(x, parameters, ids):
 
 @functools.cache
 def expected(layer):
-    """The numbers of one layer, and the KL of every recency; loops over rows and queries."""
+    """The numbers of one layer, and its KL for every recency tau, by loops over rows and queries."""
     tree, ids = params()["params"], batch()["segment_ids"]
     parameters = [tree["dense_layers"], tree["moe_layers"], tree["mtp"]["layer"]][layer]
     if layer < CONFIG.n_layers:
@@ -132,7 +132,7 @@ class TestIndexerQuality:
         for name, value in means.items():
             np.testing.assert_allclose(ours[name], value, rtol=2e-4, err_msg=name)
 
-    def test_does_not_depend_on_the_blocks(self, monkeypatch):
+    def test_does_not_depend_on_the_block_size(self, monkeypatch):
         monkeypatch.setattr(evaluate, "block_size", lambda *_: 7)
         for ours, whole in zip(quality(query_block=9), quality(), strict=True):
             assert ours == pytest.approx(whole, rel=1e-4)
@@ -141,7 +141,7 @@ class TestIndexerQuality:
         for row in quality():
             assert row["recall_oracle"] > max(row["recall"], row["recall_recency"], row["recall_random"])
 
-    def test_the_kl_is_that_of_the_training_loss(self):
+    def test_the_kl_equals_the_index_loss(self):
         parameters = jax.tree.map(lambda leaf: leaf[0], params()["params"]["dense_layers"])
         ids = batch()["segment_ids"]
         x = layer_inputs(params(), batch()["tokens"], ids)[0]
@@ -165,7 +165,7 @@ class TestIndexerQuality:
         for row in evaluate.indexer_quality(blind, CONFIG, batch()):
             assert row["kl"] == pytest.approx(row["kl_uniform"], rel=1e-4)
 
-    def test_documents_in_which_nothing_is_chosen_have_no_numbers(self):
+    def test_documents_without_a_selection_have_no_numbers(self):
         short = jnp.broadcast_to(1 + jnp.arange(T) // K, (2, T))
         assert evaluate.indexer_quality(params(), CONFIG, batch() | {"segment_ids": short}) == []
 
@@ -187,7 +187,7 @@ class TestScore:
         assert ours.cross_entropy == pytest.approx(nats[counted].mean(), rel=1e-5)
         assert ours.accuracy == pytest.approx((logits.argmax(-1) == targets)[counted].mean())
 
-    def test_every_target_counts_the_same_in_whatever_batch(self):
+    def test_every_target_counts_the_same_in_any_batch(self):
         few = jnp.arange(T) < 5
         parts = [batch() | {"targets": jnp.where(kept, batch()["targets"], -1)} for kept in (few, ~few)]
         assert evaluate.cross_entropy(params(), CONFIG, parts) == pytest.approx(
@@ -206,7 +206,7 @@ class TestScore:
 
 
 class TestNeedleAccuracy:
-    """The model is replaced by one that finds the needle if its attention reads far enough."""
+    """The model is replaced by one that finds the needle if it is within the reach of its attention."""
 
     needles = Needles(None, 40, 2, first_key=8, n_keys=6, first_value=20, n_values=6)
 
@@ -223,7 +223,7 @@ class TestNeedleAccuracy:
                 right.append(places[0] > asked - reach and tokens[places[0] + 2] == targets[asked])
         return evaluate.Score(n_targets=len(right), cross_entropy=0.0, accuracy=float(np.mean(right)))
 
-    def test_one_needle_a_row_is_asked_at_each_length_and_depth(self, monkeypatch):
+    def test_one_needle_per_row_at_each_length_and_depth(self, monkeypatch):
         monkeypatch.setattr(evaluate, "score", self.far_sighted)
         table = evaluate.needle_accuracy(
             params(), CONFIG, self.needles, (32, 64), (0.0, 1.0), rows=5, tokens_per_batch=128
@@ -234,7 +234,7 @@ class TestNeedleAccuracy:
         assert [row["accuracy_dense"] for row in table] == [1.0] * 4
         assert [row["accuracy_sparse"] for row in table] == [1.0, 1.0, 0.0, 1.0]
 
-    def test_accuracy_is_that_of_the_rows(self):
+    def test_accuracy_is_the_score_of_the_rows(self):
         (row,) = evaluate.needle_accuracy(params(), CONFIG, self.needles, (T,), (0.5,), rows=2)
         task = dataclasses.replace(self.needles, seq_len=T, depth=0.5)
         rows = {name: jnp.stack([task[0][name], task[1][name]]) for name in batch()}
