@@ -20,9 +20,8 @@ from rich.progress import Progress
 
 from dsa_jax.checkpoint.names import SCALE_SUFFIX, TensorRow, scale_shape, tensor_table
 from dsa_jax.checkpoint.open_checkpoint import open_tensors
-from dsa_jax.checkpoint.orbax_folder import Leaf
 from dsa_jax.checkpoint.orbax_tensors import SCALES, VALUES, OrbaxTensors
-from dsa_jax.checkpoint.pieces import Form, leaf_forms, numpy_dtype
+from dsa_jax.checkpoint.pieces import Form, Leaf, leaf_forms, numpy_dtype
 from dsa_jax.checkpoint.tensors import FP8, Tensors, check
 from dsa_jax.config import ModelConfig
 from dsa_jax.fp8.blocks import dequantize_blocks
