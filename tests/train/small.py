@@ -1,4 +1,4 @@
-"""A model, batches and runs small enough to train in a test; `python -m tests.train.small FOLDER` trains one."""
+"""A model, batches and runs that train within a test; `python -m tests.train.small FOLDER` trains one."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ STAGES = (
 
 
 def small_run(*stages: Stage, **changes: Any) -> Run:
-    """50 steps through all three stages, or through ``stages``."""
+    """A run of 50 steps through all three stages, or of ``stages``."""
     run = Run(
         model=CONFIG, stages=stages or STAGES, batch=2, seq_len=T, checkpoint_every=7, log_every=1,
         data=(Source(kind="associative_recall", options=OPTIONS),), eval_batches=0,
@@ -48,7 +48,7 @@ def initial() -> Any:
 
 
 def batch_of(*rows: list[int], seed: int = 0) -> dict[str, jax.Array]:
-    """Random tokens; each row is given by the lengths of its documents, padding behind them."""
+    """Random tokens. Each row is given by the lengths of its documents; the rest is padding."""
     rng = np.random.default_rng(seed)
     shape = (len(rows), T)
     batch = {"tokens": np.zeros(shape, np.int32), "segment_ids": np.zeros(shape, np.int32)}
@@ -57,17 +57,12 @@ def batch_of(*rows: list[int], seed: int = 0) -> dict[str, jax.Array]:
         start = 0
         for number, length in enumerate(lengths, start=1):
             document = rng.integers(CONFIG.vocab_size, size=length)
-            place = slice(start, start + length)
-            batch["tokens"][row, place] = document
-            batch["segment_ids"][row, place] = number
+            span = slice(start, start + length)
+            batch["tokens"][row, span] = document
+            batch["segment_ids"][row, span] = number
             batch["targets"][row, start : start + length - 1] = document[1:]
             start += length
     return {name: jnp.asarray(array) for name, array in batch.items()}
-
-
-def same_bits(a: Any, b: Any) -> bool:
-    a, b = np.asarray(a), np.asarray(b)
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 if __name__ == "__main__":

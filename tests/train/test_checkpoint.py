@@ -1,4 +1,4 @@
-"""Checkpoints: exact, few, readable whatever happened to the newest, and only for the run that wrote them."""
+"""Checkpoints are exact and limited in number, survive damage to the newest, and belong to one run."""
 
 import dataclasses
 import gc
@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.small import same_bits, small_run
+from tests.train.same import assert_same_bits
+from tests.train.small import small_run
 from train.checkpoint import Checkpoints
 from train.step import begin_stage
 
-# Orbax reads all arrays at once and drops the other reads when one fails.
+# Orbax reads all arrays concurrently and abandons the other reads when one fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(autouse=True)
-def dropped_reads_do_not_reach_the_next_file():
+def collect_abandoned_reads():
     yield
     gc.collect()
 
@@ -28,7 +29,7 @@ RUN = small_run()  # stages of 20, 15 and 15 steps
 
 
 def params_of(seed):
-    """A tree with the groups of a model, and float32 values that decimal digits would not keep."""
+    """A tree with all parameter groups, and random float32 values."""
     rng = np.random.default_rng(seed)
     attn = {"wq_a": (64, 32), "indexer": {"wk": (32, 16), "k_norm": {"bias": (16,)}}}
     shapes = {"embed": (40, 32), "moe_layers": {"attn": attn, "ffn": {"gate_bias": (8,)}}}
@@ -37,7 +38,7 @@ def params_of(seed):
 
 
 def state_at(step):
-    """A state with moments that are not zero."""
+    """A state with nonzero moments."""
     stage = RUN.stages[RUN.stage_at(step)[0]]
     state = begin_stage(jnp.int32(step), params_of(step), stage)
     fill = lambda leaf: leaf + jnp.asarray(step % 7 + 1, leaf.dtype)  # noqa: E731
@@ -67,20 +68,19 @@ def read(folder, run=RUN):
         checkpoints.close()
 
 
-def is_state(restored, step):
+def assert_state(restored, step):
     expected = state_at(step)
     assert int(restored.state.step) == step and restored.data == data_at(step)
-    assert jax.tree.structure(restored.state) == jax.tree.structure(expected)
-    return jax.tree.all(jax.tree.map(same_bits, restored.state, expected))
+    assert_same_bits(restored.state, expected)
 
 
 @pytest.mark.parametrize("step", [7, 20, 28, 50])  # inside a stage, at the end of one, at the end of the run
-def test_what_is_restored_is_what_was_saved_to_the_bit(tmp_path, step):
+def test_restored_equals_saved_to_the_bit(tmp_path, step):
     write(tmp_path, step)
-    assert is_state(read(tmp_path), step)
+    assert_state(read(tmp_path), step)
 
 
-def test_the_state_of_a_boundary_is_that_of_the_stage_that_ended(tmp_path):
+def test_a_state_at_a_stage_boundary_belongs_to_the_stage_that_ended(tmp_path):
     write(tmp_path, 20)
     moments = jax.tree.leaves(read(tmp_path).state.opt_state)
     dense, warmup = (begin_stage(jnp.int32(0), params_of(0), RUN.stages[i]).opt_state for i in (0, 1))
@@ -89,25 +89,25 @@ def test_the_state_of_a_boundary_is_that_of_the_stage_that_ended(tmp_path):
     assert (RUN.stage_at(20), RUN.stage_at(21)) == ((0, 20), (1, 1))
 
 
-def test_the_state_may_be_given_away_while_it_is_written(tmp_path):
-    """The training step takes the state's memory; the checkpoint keeps the values that it was given."""
+def test_the_state_may_be_donated_while_it_is_written(tmp_path):
+    """The training step reuses the state's memory; the checkpoint keeps the values it was given."""
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 - 1, state), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path, 5)
     checkpoints.save(state := state_at(7), data_at(7), RUN)
     for _ in range(3):
         state = overwrite(state)
     checkpoints.close()
-    assert is_state(read(tmp_path), 7)
+    assert_state(read(tmp_path), 7)
 
 
-def test_an_empty_folder_has_nothing_to_restore(tmp_path):
+def test_an_empty_folder_restores_nothing(tmp_path):
     assert read(tmp_path) is None
 
 
-def test_only_the_newest_stay(tmp_path):
+def test_only_the_newest_are_kept(tmp_path):
     write(tmp_path, 3, 5, 7, 9, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "9"]
-    assert is_state(read(tmp_path), 9)
+    assert_state(read(tmp_path), 9)
 
 
 def files_of(folder, item):
@@ -149,28 +149,28 @@ DAMAGE = (
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_newest_step_is_set_aside_for_the_one_before(tmp_path, caplog, damage):
+def test_a_damaged_newest_step_is_set_aside_and_the_one_before_restored(tmp_path, caplog, damage):
     write(tmp_path, 5, 7)
     damage(tmp_path / "7")
     with caplog.at_level(logging.WARNING, "train.checkpoint"):
-        assert is_state(read(tmp_path), 5)
-    (said,) = (record.getMessage() for record in caplog.records if record.name == "train.checkpoint")
-    assert "the checkpoint of step 7 cannot be read" in said and str(tmp_path / "unreadable-7") in said
+        assert_state(read(tmp_path), 5)
+    (message,) = (record.getMessage() for record in caplog.records if record.name == "train.checkpoint")
+    assert "the checkpoint of step 7 cannot be read" in message and str(tmp_path / "unreadable-7") in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "unreadable-7"]
 
-    write(tmp_path, 7)  # the run goes on and comes to this step again
-    assert is_state(read(tmp_path), 7)
+    write(tmp_path, 7)  # the resumed run reaches this step again
+    assert_state(read(tmp_path), 7)
 
 
-def test_two_damaged_steps_are_passed_over(tmp_path):
+def test_two_damaged_steps_are_skipped(tmp_path):
     write(tmp_path, 3, 5, 7)
     truncate(tmp_path / "5")
     delete_largest_file(tmp_path / "7")
-    assert is_state(read(tmp_path), 3)
+    assert_state(read(tmp_path), 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "unreadable-5", "unreadable-7"]
 
 
-def test_a_run_is_not_begun_anew_over_steps_of_which_none_can_be_read(tmp_path):
+def test_a_run_does_not_restart_over_unreadable_steps(tmp_path):
     write(tmp_path, 5, 7)
     truncate(tmp_path / "5")
     truncate(tmp_path / "7")
@@ -182,11 +182,11 @@ def test_a_run_is_not_begun_anew_over_steps_of_which_none_can_be_read(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "7"]
 
 
-def test_a_step_that_was_not_finished_does_not_exist(tmp_path):
-    """What a killed process leaves: a folder under another name, without the final rename."""
+def test_an_unfinished_step_does_not_exist(tmp_path):
+    """A killed process leaves a folder under a temporary name."""
     write(tmp_path, 5, 7)
     (tmp_path / "7").rename(tmp_path / "7.orbax-checkpoint-tmp-0")
-    assert is_state(read(tmp_path), 5)
+    assert_state(read(tmp_path), 5)
 
 
 model = RUN.model
@@ -217,10 +217,10 @@ def test_every_contradiction_is_named_at_once(tmp_path):
         read(tmp_path, dataclasses.replace(RUN, batch=4, seq_len=16))
 
 
-def test_how_often_a_run_saves_and_says_may_change_and_so_may_stages_be_added(tmp_path):
+def test_save_and_log_intervals_may_change_and_stages_may_be_added(tmp_path):
     write(tmp_path, 7)
     more = dataclasses.replace(RUN.stages[2], name="longer")
     other = dataclasses.replace(
         RUN, checkpoint_every=3, keep=1, log_every=9, eval_batches=2, stages=(*RUN.stages, more)
     )
-    assert is_state(read(tmp_path, other), 7)
+    assert_state(read(tmp_path, other), 7)

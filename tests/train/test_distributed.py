@@ -1,4 +1,4 @@
-"""Two processes of four devices each train as one of eight does, and neither waits for the other without end."""
+"""Two processes with four devices each match one process with eight, and neither waits for the other forever."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ from train.metrics import METRICS_FILE, read_lines
 from train.trainer import train
 
 pytestmark = [
-    pytest.mark.xdist_group("processes"),  # one after the other: each test takes both cores
+    pytest.mark.xdist_group("processes"),  # one at a time: each test uses both cores
     pytest.mark.devices(8),
 ]
 
@@ -46,7 +46,7 @@ STARTED: list["Process"] = []
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_running():
+def no_process_is_left_running():
     yield
     while STARTED:
         STARTED.pop().kill()
@@ -69,19 +69,19 @@ class Process:
                 stderr=subprocess.STDOUT,
             )
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
-    def ends(self, code: int, within: float, *sentences: str) -> None:
-        """It ends by itself in time, and the last thing that it says are these sentences."""
+    def ends(self, code: int, within: float, *patterns: str) -> None:
+        """It exits by itself in time, and the last line of its output matches these patterns."""
         try:
             ended_with = self.running.wait(timeout=within)
         except subprocess.TimeoutExpired:
             ended_with = None
-        assert ended_with == code, self.said()[-4000:]
-        last = self.said().strip().splitlines()[-1] if sentences else ""
-        for sentence in sentences:
-            assert re.search(sentence, last), self.said()[-4000:]
+        assert ended_with == code, self.output()[-4000:]
+        last = self.output().strip().splitlines()[-1] if patterns else ""
+        for pattern in patterns:
+            assert re.search(pattern, last), self.output()[-4000:]
 
     def kill(self) -> None:
         self.running.send_signal(signal.SIGKILL)
@@ -90,12 +90,12 @@ class Process:
     def wait_until(self, condition, within: float = 200) -> None:
         deadline = time.monotonic() + within
         while not condition():
-            assert self.running.poll() is None and time.monotonic() < deadline, self.said()[-4000:]
+            assert self.running.poll() is None and time.monotonic() < deadline, self.output()[-4000:]
             time.sleep(0.02)
 
 
 def coordinator() -> str:
-    """HOST:PORT with a port that is free."""
+    """HOST:PORT with a free port."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return f"localhost:{probe.getsockname()[1]}"
@@ -115,7 +115,7 @@ def start(folder: Path, *flags: str, ids=(0, 1), counts=(2, 2), flags_of=((), ()
 
 
 def curve(folder: Path) -> dict[str, np.ndarray]:
-    """All that was measured at every step, but what a clock says."""
+    """All metrics of every step."""
     lines = read_lines(folder / METRICS_FILE)
     assert [line["step"] for line in lines] == list(range(1, 21))
     names = [name for name in lines[0] if name != "stage"]
@@ -123,7 +123,7 @@ def curve(folder: Path) -> dict[str, np.ndarray]:
 
 
 def alone(folder: Path, **changes) -> dict[str, np.ndarray]:
-    """The curve of this process, which has eight devices."""
+    """The curve of a run in this process, which has eight devices."""
     train(dataclasses.replace(small(), **changes), folder, Console(quiet=True))
     return curve(folder)
 
@@ -136,7 +136,7 @@ def close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], rtol: floa
 
 
 @pytest.mark.slow
-def test_two_processes_of_which_one_is_killed_have_the_curve_of_one_process(tmp_path):
+def test_two_processes_match_one_even_when_one_of_them_is_killed(tmp_path):
     folder = tmp_path / "run"
     flags = (*MESH_FLAGS, "--heartbeat-timeout", "10")
     first, second = start(folder, *flags)
@@ -146,27 +146,27 @@ def test_two_processes_of_which_one_is_killed_have_the_curve_of_one_process(tmp_
     first.ends(1, 40, f"^python -m train: process 1 of 2 sent no heartbeat for 10 s; {AGAIN}")
 
     first, second = start(folder, *flags)
-    first.wait_until(lambda: re.search("resuming after step (4|8|12|16) of 20", first.said()))
-    second.running.send_signal(signal.SIGTERM)  # heard of while the step compiles
+    first.wait_until(lambda: re.search("resuming after step (4|8|12|16) of 20", first.output()))
+    second.running.send_signal(signal.SIGTERM)  # arrives while the step compiles
     saved = "a process was asked to end; the checkpoint of step ([0-9]+) is in"
     for process in (first, second):
         process.ends(1, 200, f"^python -m train: .*{saved}")
-    assert "resuming" not in second.said() and "KL " not in second.said()  # the first one speaks
+    assert "resuming" not in second.output() and "KL " not in second.output()  # only process 0 prints
 
     for process in (again := start(folder, *flags)):
         process.ends(0, 200)
-    assert f"resuming after step {re.search(saved, first.said())[1]} of 20" in again[0].said()
+    assert f"resuming after step {re.search(saved, first.output())[1]} of 20" in again[0].output()
     together = curve(folder)
     close(together, alone(tmp_path / "mesh", mesh=MeshSpec(**MESH)), rtol=1e-6)
     close(together, alone(tmp_path / "one"), rtol=1e-5)
 
 
-def test_a_process_that_does_not_come_is_waited_for_no_longer_than_said(tmp_path):
+def test_a_process_that_does_not_start_is_waited_for_until_the_timeout(tmp_path):
     first, *_ = start(tmp_path / "run", "--start-timeout", "2", ids=(0,), counts=(2,), flags_of=((),))
     first.ends(1, 40, r"process \(0 of 2, process 0 at localhost:\d+\) waited 2 s for all others; start")
 
 
-def test_processes_that_were_started_differently_say_in_what(tmp_path):
+def test_processes_with_different_options_name_the_differences(tmp_path):
     flags_of = (("--mesh.tensor", "2"), ("--mesh.tensor", "4", "--run.batch", "16"))
     first, second = start(tmp_path / "run", "--heartbeat-timeout", "5", flags_of=flags_of)
     alike = "^python -m train: all processes of a run must be started with the same options: "
@@ -182,7 +182,7 @@ def test_processes_that_were_started_differently_say_in_what(tmp_path):
     )
 
 
-def test_processes_told_different_numbers_of_processes_say_so(tmp_path):
+def test_processes_with_different_process_counts_say_so(tmp_path):
     first, second = start(tmp_path / "run", "--heartbeat-timeout", "5", counts=(2, 3))
     first.ends(2, 40, "the number of processes is 2 in process 0 and 3 in process 1$")
     second.ends(2, 20, "the number of processes is 3 in process 1 and 2 in process 0$")
@@ -198,24 +198,24 @@ def watching(tmp_path, what: str) -> list[Process]:
     at = coordinator()
     pair = [Process(tmp_path / str(i), "-c", WATCHES, at, str(i), what) for i in (0, 1)]
     for process in pair:
-        process.wait_until(lambda said=process.said: "connected" in said())
+        process.wait_until(lambda output=process.output: "connected" in output())
     return pair
 
 
-def test_the_others_end_when_the_coordinator_is_killed(tmp_path):
+def test_the_others_exit_when_the_coordinator_is_killed(tmp_path):
     first, second = watching(tmp_path, "sleeps")
     first.kill()
     second.ends(1, 20, f"^python -m train: process 0, the coordinator at localhost:.*, is gone; {AGAIN}")
 
 
-def test_the_others_say_why_one_has_stopped(tmp_path):
+def test_the_others_say_why_one_stopped(tmp_path):
     first, second = watching(tmp_path, "fails")
     first.ends(1, 20, f"^python -m train: process 1 of 2 stopped: the disk is full; {AGAIN}")
     second.ends(1, 20, "OSError: the disk is full")
 
 
-def test_a_folder_that_another_host_does_not_see_is_refused_there_and_here(tmp_path, monkeypatch):
-    """As process 1 of two sees it, while process 0 writes to a disk of its own."""
+def test_a_folder_that_one_host_does_not_see_is_refused_on_all(tmp_path, monkeypatch):
+    """Seen from process 1 of two, while process 0 writes to a disk of its own."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr("train.distributed.sync_global_devices", lambda name: None)
@@ -235,7 +235,7 @@ def test_flags_that_do_not_go_together_are_refused():
         Hosts(heartbeat_timeout=0)
 
 
-def test_several_processes_of_slurm_without_the_flag_are_refused(monkeypatch, capsys):
+def test_several_slurm_processes_without_the_flag_are_refused(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     assert command.main(["nano_cpu"]) == 2
     assert (
@@ -244,6 +244,6 @@ def test_several_processes_of_slurm_without_the_flag_are_refused(monkeypatch, ca
     )
 
 
-def test_without_an_environment_the_flags_to_give_are_named(tmp_path):
+def test_without_an_environment_the_missing_flags_are_named(tmp_path):
     process = Process(tmp_path / "log", "-m", "tests.train.worker", "small", "--distributed")
     process.ends(2, 40, "no TPU pod, SLURM or MPI environment was found; give --coordinator HOST:PORT")

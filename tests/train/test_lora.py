@@ -1,4 +1,4 @@
-"""Adapters: nothing at first, then they alone learn, and what they learnt is W + scale A B."""
+"""Adapters change nothing at first, train alone, and merge into W + scale A B."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from tests.train.small import CONFIG, T, batch_of, initial, same_bits
+from tests.train.same import assert_same_bits, same_bits
+from tests.train.small import CONFIG, T, batch_of, initial
 from train.config import Lora, Stage
 from train.lora import ATTENTION, FEED_FORWARD, merged, with_adapters
 from train.optimizer import group_of, split
@@ -24,10 +25,10 @@ def adapted(**changes):
     return with_adapters(initial(), Lora(**({"rank": 4} | changes)), jax.random.key(1))
 
 
-def test_at_first_adapters_change_no_bit():
+def test_new_adapters_change_no_bit():
     params = merged(adapted(), 2.0)
     assert jax.tree.structure(params) == jax.tree.structure(initial())
-    assert jax.tree.all(jax.tree.map(same_bits, params, initial()))
+    assert_same_bits(params, initial())
 
 
 def test_without_adapters_merging_does_nothing():
@@ -62,8 +63,8 @@ def test_merged_is_w_plus_scale_a_b_layer_by_layer_and_expert_by_expert():
 
 
 def test_only_adapters_and_indexers_learn():
-    """From the second step on A learns too: its first gradient is zero, as B is."""
-    params = jax.tree.map(jnp.copy, adapted())  # the step takes their memory
+    """A trains from the second step on: its first gradient is zero because B is."""
+    params = jax.tree.map(jnp.copy, adapted())  # the step donates them
     state = begin_stage(jnp.int32(0), params, STAGE)
     before = {path: np.array(leaf) for path, leaf in flat(state.params).items()}
     step = compiled_step(CONFIG, STAGE, LORA.alpha / LORA.rank)
@@ -77,7 +78,7 @@ def test_only_adapters_and_indexers_learn():
 
 @pytest.mark.parametrize("rank", [15, 16, 64])
 def test_a_rank_that_saves_nothing_is_refused(rank):
-    """The smallest side is that of the experts, 16, so rank 15 is the last to fit."""
+    """The smallest dimension is the experts' width, 16, so rank 15 is the largest that fits."""
     if rank < CONFIG.d_expert:
         assert adapted(rank=rank)["lora"]
         return

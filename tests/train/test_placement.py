@@ -1,7 +1,8 @@
-"""A run on a mesh of eight simulated devices is the run on one, made, read and continued in parts."""
+"""A run on a mesh of eight simulated devices matches one device, from initial parameters to resuming."""
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from rich.console import Console
 
 from dsa_jax.checkpoint import write_hf
 from dsa_jax.sharding import batch_sharding, make_mesh, param_shardings
-from tests.train.small import CONFIG, initial, same_bits, small_run
+from tests.train.same import assert_same_bits
+from tests.train.small import CONFIG, initial, small_run
 from tests.train.worker import small
 from train.checkpoint import Checkpoints
 from train.config import Lora, MeshSpec, contradictions, from_json, sparse, to_json
@@ -36,23 +38,21 @@ def has_its_shardings(tree, mesh) -> bool:
     return jax.tree.all(jax.tree.map(lambda x, at: x.sharding.is_equivalent_to(at, x.ndim), tree, shardings))
 
 
-def close(got, want) -> None:
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), got, want)
-
-
 @pytest.mark.parametrize("lora", [None, Lora(rank=2)], ids=["whole", "adapters"])
-def test_parameters_and_moments_are_made_in_parts(lora):
+def test_parameters_and_moments_are_created_sharded(lora):
     run = dataclasses.replace(RUN, lora=lora)
     sharding = RunSharding(run)
     with sharding.use_mesh():
         params = initial_params(run, sharding=sharding)
         state = sharding.begin_stage(7, params, STAGE)
         assert has_its_shardings(state, sharding.mesh) and int(state.step) == 7
-    close(jax.device_get(params), jax.device_get(initial_params(run)))
+    chex.assert_trees_all_close(
+        jax.device_get(params), jax.device_get(initial_params(run)), rtol=1e-6, atol=1e-7
+    )
     assert state.params is params and not any(leaf.any() for leaf in jax.tree.leaves(state.opt_state))
 
 
-def test_a_checkpoint_to_begin_with_is_read_in_parts(tmp_path):
+def test_a_checkpoint_to_start_from_is_read_sharded(tmp_path):
     alone = initial_params(RUN)
     write_hf(tmp_path / "released", jax.device_get(alone), dataclasses.replace(RUN.model, fp8=None))
     run = dataclasses.replace(RUN, init_from=str(tmp_path / "released"))
@@ -60,11 +60,24 @@ def test_a_checkpoint_to_begin_with_is_read_in_parts(tmp_path):
     params, given = initial_params(run, sharding=sharding), sharding.place(jax.device_get(alone), alone)
     for tree in (params, given):
         assert has_its_shardings(tree, sharding.mesh)
-        assert jax.tree.all(jax.tree.map(same_bits, tree, alone))
+        assert_same_bits(tree, alone)
     assert fingerprint(given) == fingerprint(params) != fingerprint(jax.tree.map(lambda x: x + 1, given))
 
 
-def test_a_batch_is_put_together_from_the_rows_that_were_read():
+@pytest.mark.parametrize("mesh", [None, RUN.mesh], ids=["one device", "mesh"])
+def test_parameters_of_another_model_are_refused(mesh):
+    """What a caller gives to train() is compared with the run's model before anything is placed."""
+    run = dataclasses.replace(RUN, mesh=mesh)
+    shapes = jax.eval_shape(lambda: initial_params(run))
+    wider = dataclasses.replace(run, model=dataclasses.replace(run.model, d_model=64))
+    with pytest.raises(ValueError, match=r"leaves of the run's model: .*shapes: \(.*64.*\) != \(.*32.*\)"):
+        RunSharding(run).place(jax.eval_shape(lambda: initial_params(wider)), shapes)
+    without_head = {"params": {name: leaf for name, leaf in shapes["params"].items() if name != "head"}}
+    with pytest.raises(ValueError, match="leaves of the run's model: .*tree structs"):
+        RunSharding(run).place(without_head, shapes)
+
+
+def test_a_global_batch_is_assembled_from_the_rows_of_each_process():
     sharding, rows = RunSharding(RUN), np.arange(8 * 32, dtype=np.int32).reshape(8, 32)
     assert sharding.rows == list(range(8))
     whole = sharding.global_batch({"tokens": rows})["tokens"]
@@ -80,7 +93,7 @@ def test_a_batch_is_put_together_from_the_rows_that_were_read():
         (
             {"context": 8},
             (list(range(8)), list(range(8))),
-        ),  # each reads all rows, of which it holds one half each
+        ),  # each process reads all rows, and holds half of each
     ],
 )
 def test_a_process_reads_the_rows_that_its_devices_hold(mesh, halves):
@@ -104,7 +117,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_may_go_on_on_another_mesh():
+def test_a_run_may_resume_on_another_mesh():
     stored = to_json(RUN)
     assert from_json(stored) == RUN
     assert contradictions(stored, dataclasses.replace(RUN, mesh=MeshSpec(tensor=2))) == []
@@ -118,7 +131,7 @@ class Killed(BaseException):
 
 
 def train_until(step, run, folder, monkeypatch):
-    """Ends after the checkpoint of this step as a killed process would."""
+    """Stops after the checkpoint of this step, as a killed process would."""
     save = Checkpoints.save
 
     def save_and_die(self, state, data, run):
@@ -132,7 +145,7 @@ def train_until(step, run, folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_one_device_goes_on_where_a_mesh_was_killed_and_a_mesh_where_one_device_was(tmp_path, monkeypatch):
+def test_one_device_resumes_a_run_killed_on_a_mesh_and_a_mesh_one_killed_on_one_device(tmp_path, monkeypatch):
     one, mesh = small(), dataclasses.replace(small(), mesh=MeshSpec(expert=2, tensor=2))
     train_until(8, mesh, tmp_path / "changing", monkeypatch)
     train_until(12, one, tmp_path / "changing", monkeypatch)
@@ -146,7 +159,7 @@ def test_one_device_goes_on_where_a_mesh_was_killed_and_a_mesh_where_one_device_
 
 
 @pytest.mark.slow
-def test_an_evaluation_on_a_mesh_has_the_numbers_of_one_device():
+def test_an_evaluation_on_a_mesh_matches_one_device():
     run = dataclasses.replace(small_run(batch=8), mesh=RUN.mesh, eval_batches=1)
     sharding, (batch,) = RunSharding(run), validation_batches(run)
 
@@ -158,4 +171,4 @@ def test_an_evaluation_on_a_mesh_has_the_numbers_of_one_device():
         got = evaluated(sharding.place(jax.device_get(initial()), initial()), sharding.global_batch(batch))
     want = evaluated(initial(), batch)
     assert len(want) == 2 + 3  # two layers and the MTP layer
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""A run that was killed with SIGKILL goes on to the same bits as one that was not."""
+"""A run killed with SIGKILL resumes to the same bits as an uninterrupted run."""
 
 import random
 import signal
@@ -16,7 +16,7 @@ STEPS = 50
 
 
 def start(folder: Path) -> subprocess.Popen:
-    """The small run of 50 steps through all stages, in a process of its own."""
+    """The small run of 50 steps through all stages, in its own process."""
     folder.mkdir(exist_ok=True)
     with (folder / "log").open("a") as log:
         return subprocess.Popen(
@@ -46,15 +46,15 @@ TIMING = {"tokens_per_s", "flops_per_s", "memory_bytes"}
 
 
 def curve(folder: Path) -> list[dict]:
-    """All that was measured at every step, but what a clock says."""
+    """All metrics of every step except timings."""
     lines = read_lines(folder / METRICS_FILE)
     return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     step = random.randrange(1, STEPS)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(whole), whole)  # first, so that the others find its programs compiled
+    finish(start(whole), whole)  # first, so that the others find the compilation cache filled
     victim = start(killed)
     try:
         kill_at(victim, killed, step)
@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
         victim.wait()
 
     said = f"killed at step {left_at}"
-    if left_at > 21:  # a checkpoint, every seven steps and after each stage, was complete long before
+    if left_at > 21:  # checkpoints are written every seven steps and after each stage
         assert "resuming after step" in (killed / "log").read_text(), said
     assert [line["step"] for line in curve(killed)] == list(range(1, STEPS + 1)), said
     assert curve(killed) == curve(whole), said

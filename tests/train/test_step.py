@@ -1,4 +1,4 @@
-"""One step: which loss reaches which parameters, what each stage may change, and the rules beside the gradient."""
+"""One step: which loss reaches which parameters, what each stage changes, router bias and optimizer."""
 
 import dataclasses
 import functools
@@ -13,7 +13,8 @@ from flax import traverse_util
 
 import dsa_jax.indexer
 from pallas_kernels import blocking
-from tests.train.small import CONFIG, T, batch_of, initial, same_bits
+from tests.train.same import assert_same_bits, same_bits
+from tests.train.small import CONFIG, T, batch_of, initial
 from train.config import Stage, dense, indexer_warmup, sparse
 from train.loss import loss_fn
 from train.optimizer import group_of, join, make_optimizer, schedule, split
@@ -37,7 +38,7 @@ LOSSES = ("ce", "mtp", "balance", "index_kl")
 
 
 def gradients_of(losses=LOSSES):
-    """{loss: {path: gradient}} of these parts of the loss, each on its own, for all parameters."""
+    """{loss: {path: gradient}} of each of these parts of the loss alone, for all parameters."""
 
     @jax.jit
     @jax.grad
@@ -79,8 +80,8 @@ class TestGradientMatrix:
         assert reached(matrix()["index_kl"]) == paths("indexer")
 
 
-def test_without_its_stop_gradients_the_indexers_loss_would_reach_the_trunk(monkeypatch):
-    """The matrix is zero because of them, not because the tests look the other way."""
+def test_without_stop_gradient_the_index_loss_would_reach_the_trunk(monkeypatch):
+    """The zeros of the gradient matrix are due to them, not to the tests."""
     monkeypatch.setattr(dsa_jax.indexer, "lax", types.SimpleNamespace(stop_gradient=lambda x: x))
     found = reached(gradients_of(("index_kl",))["index_kl"])
     assert paths("indexer") < found
@@ -95,7 +96,7 @@ def one_step(name):
     """(state before, state after, metrics) of the first step of a stage."""
     stage = STAGES[name]
     before = begin_stage(jnp.int32(4), initial(), stage)
-    given = jax.tree.map(jnp.copy, before)  # the step takes their memory
+    given = jax.tree.map(jnp.copy, before)  # the step donates its state
     after, metrics = compiled_step(CONFIG, stage, 0.0)(given, BATCH)
     return before, after, metrics
 
@@ -108,11 +109,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_changes_what_it_trains_and_no_bit_of_anything_else(name):
+def test_a_stage_changes_no_bit_of_what_it_does_not_train(name):
     before, after, metrics = one_step(name)
     old, new = flat(before.params), flat(after.params)
     changed = {path for path in old if not same_bits(old[path], new[path])}
-    assert changed == paths(*CHANGES[name])  # in the warm-up, router bias and MTP layer stay with the rest
+    assert changed == paths(*CHANGES[name])  # the warm-up also leaves router bias and MTP layer alone
     assert metrics["finite"] and after.step == 5
 
 
@@ -139,7 +140,7 @@ def test_the_reported_norms_are_those_of_the_gradient_matrix():
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_step_that_is_not_finite_changes_nothing(name):
+def test_a_step_that_is_not_finite_changes_only_the_step_count(name):
     stage = STAGES[name]
     params = jax.tree.map(jnp.copy, initial())
     params["params"]["embed"] = params["params"]["embed"].at[BATCH["tokens"][0, 3]].set(jnp.inf)
@@ -147,14 +148,14 @@ def test_a_step_that_is_not_finite_changes_nothing(name):
     after, metrics = compiled_step(CONFIG, stage, 0.0)(jax.tree.map(jnp.copy, state), BATCH)
     assert not metrics["finite"] and not np.isfinite(metrics["loss"])
     assert after.step == 5
-    assert jax.tree.all(jax.tree.map(same_bits, after.params, state.params))
-    assert jax.tree.all(jax.tree.map(same_bits, after.opt_state, state.opt_state))
+    assert_same_bits(after.params, state.params)
+    assert_same_bits(after.opt_state, state.opt_state)
 
 
 # -- the router's bias
 
 
-def test_the_bias_of_busy_experts_falls_and_that_of_idle_ones_rises():
+def test_the_bias_falls_for_busy_experts_and_rises_for_idle_ones():
     flat = {
         "params.moe_layers.ffn.gate_bias": jnp.asarray([[0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]),
         "params.mtp.layer.ffn.gate_bias": jnp.zeros((4,)),
@@ -185,12 +186,12 @@ def test_the_step_moves_each_bias_by_the_rule():
 
 
 def vectors(stage, value):
-    """The parameters that a stage trains, by their real names, each a vector of three."""
+    """The parameters that a stage trains, by their real paths, each a vector of three."""
     return {path: jnp.full(3, value) for path in split(initial(), stage)[0]}
 
 
 def updates_after(stage, *gradients):
-    """Updates of the last of several steps."""
+    """The updates of the last of several steps."""
     params = vectors(stage, 2.0)
     optimizer = make_optimizer(stage)
     state = optimizer.init(params)
@@ -205,7 +206,7 @@ def random_gradient(stage, seed, index_scale=1.0):
     return {path: jnp.asarray(scale * rng.standard_normal(3), jnp.float32) for path, scale in scales.items()}
 
 
-def test_the_indexers_loss_never_changes_the_models_update():
+def test_the_index_loss_never_changes_the_models_update():
     stage = STAGES["sparse"]
     usual = updates_after(stage, random_gradient(stage, 0), random_gradient(stage, 1))
     scaled = updates_after(stage, random_gradient(stage, 0, 1000.0), random_gradient(stage, 1))
@@ -247,7 +248,7 @@ def test_the_rate_rises_in_a_line_and_falls_along_a_cosine():
     stage = dense(12, lr=1.0, lr_warmup=4, lr_end=0.2)
     rate = [float(schedule(3.0, stage)(step)) for step in range(13)]
     np.testing.assert_allclose(rate[:5], [0.75, 1.5, 2.25, 3.0, 3.0], rtol=1e-6)
-    np.testing.assert_allclose(rate[8], 3.0 * (0.2 + 0.8 / 2), rtol=1e-6)  # half way down
+    np.testing.assert_allclose(rate[8], 3.0 * (0.2 + 0.8 / 2), rtol=1e-6)  # halfway down
     np.testing.assert_allclose(rate[6], 3.0 * (0.2 + 0.8 * (1 + np.cos(np.pi / 4)) / 2), rtol=1e-6)
     np.testing.assert_allclose(rate[12], 0.6, rtol=1e-6)
 
@@ -260,7 +261,7 @@ def test_without_an_end_the_rate_stays(warmup, expected):
 
 
 def test_no_mask_of_all_queries_and_keys_is_made(monkeypatch):
-    """JAX hoists what a loop's iterations share; of the masks that all layers share it must not."""
+    """JAX hoists what the iterations of a loop share; the masks that all layers share must not be hoisted."""
     length = 512
     monkeypatch.setattr(blocking, "WORKSPACE_BYTES", 2**16)
     config = dataclasses.replace(CONFIG, max_seq_len=length, query_block=32)

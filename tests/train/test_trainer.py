@@ -1,4 +1,4 @@
-"""Whole runs: what the quick run shows, and what is said about input and training that went wrong."""
+"""Whole runs: results of the quick run, and messages about bad input and failed training."""
 
 import dataclasses
 import json
@@ -14,7 +14,8 @@ from rich.console import Console
 
 import train.__main__ as command
 from dsa_jax.checkpoint import write_hf
-from tests.train.small import CONFIG, OPTIONS, STAGES, initial, same_bits, small_run
+from tests.train.same import assert_same_bits
+from tests.train.small import CONFIG, OPTIONS, STAGES, initial, small_run
 from train.checkpoint import Checkpoints
 from train.config import Lora, MeshSpec, Source, dense
 from train.data.sources import rows_of, training_batches, validation_batches
@@ -49,10 +50,10 @@ def nano_cpu(tmp_path_factory):
     return done.stdout, read_lines(folder / "eval.jsonl")
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("quick run")  # its fixture trains for minutes: once, not once a worker
+@pytest.mark.nightly
+@pytest.mark.xdist_group("quick run")  # its fixture trains for minutes: once, not once per worker
 class TestQuickRun:
-    def test_it_prints_what_each_stage_changed(self, nano_cpu):
+    def test_it_prints_the_evaluation_of_each_stage(self, nano_cpu):
         printed, evaluations = nano_cpu
         rows = {words[0]: words[1:] for words in map(str.split, printed.splitlines()) if len(words) == 9}
         for line in evaluations:
@@ -76,7 +77,7 @@ class TestQuickRun:
         assert after["ce_dense"] == before["ce_dense"]
         assert after["model_sha256"] == before["model_sha256"] != end["model_sha256"]
 
-    def test_after_it_every_indexer_knows_more_than_recency(self, nano_cpu):
+    def test_after_the_warm_up_each_indexer_beats_recency(self, nano_cpu):
         _, before, after, _ = nano_cpu[1]
         assert len(after["indexer"]) == 3  # two layers and the MTP layer
         for was, now in zip(before["indexer"], after["indexer"], strict=True):
@@ -134,8 +135,8 @@ def test_data_that_do_not_fit_are_refused(source, message):
 # -- metrics
 
 
-def test_a_resumed_run_forgets_lines_ahead_of_it_and_half_a_line(tmp_path):
-    """A killed process may leave the beginning of a line; what comes next must not be glued to it."""
+def test_a_resumed_run_drops_later_lines_and_a_cut_line(tmp_path):
+    """A killed process may leave an incomplete line; the next line must not be appended to it."""
     path = tmp_path / METRICS_FILE
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
     lines = JsonLines(path, resume_at=3)
@@ -180,7 +181,7 @@ def test_the_table_of_a_run_fits_eighty_columns():
     ]
 
 
-# -- what goes wrong
+# -- failures
 
 
 @pytest.fixture(scope="module")
@@ -191,12 +192,12 @@ def short_run(tmp_path_factory):
     return folder, trained
 
 
-def test_a_finished_run_is_evaluated_around_every_stage_and_changes_no_more(short_run):
+def test_a_finished_run_has_an_evaluation_per_stage_and_rerunning_changes_nothing(short_run):
     folder, trained = short_run
     run = small_run(*SHORT, eval_batches=1, checkpoint_every=4)
     files = {name: (folder / name).read_bytes() for name in ("eval.jsonl", "metrics.jsonl", "config.json")}
     again = run_all(run, folder, quiet())
-    assert jax.tree.all(jax.tree.map(same_bits, again, trained))
+    assert_same_bits(again, trained)
     assert files == {name: (folder / name).read_bytes() for name in files}
 
     evaluations = read_lines(folder / "eval.jsonl")
@@ -215,8 +216,8 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(short_run):
     assert (folder / "config.json").read_bytes() == config
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_metric_step_and_checkpoint(tmp_path, monkeypatch):
-    """Step 5 reads parameters that are not finite; seen at step 6, because only every third step is looked at."""
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_located(tmp_path, monkeypatch):
+    """Step 5 uses parameters that are not finite. It is noticed at step 6, because only every third step is checked."""
 
     def poisoned(*of_stage):
         step = compiled_step(*of_stage)
@@ -256,18 +257,18 @@ def released(tmp_path_factory):
     return folder
 
 
-def test_a_run_from_a_checkpoint_begins_with_its_sizes_and_bits(released):
+def test_a_run_from_a_checkpoint_starts_with_its_sizes_and_bits(released):
     bigger = dataclasses.replace(CONFIG, d_model=64, n_layers=3, query_block=16, remat="layer")
     run = from_checkpoint(small_run(model=bigger, init_from=str(released)))
     assert (run.model.d_model, run.model.n_layers) == (CONFIG.d_model, CONFIG.n_layers)
     assert (run.model.query_block, run.model.remat, run.model.dtype) == (16, "layer", "float32")
     params = initial_params(run)
     assert jax.tree.structure(params) == jax.tree.structure(initial())
-    assert jax.tree.all(jax.tree.map(same_bits, params, initial()))
+    assert_same_bits(params, initial())
 
     with_lora = initial_params(dataclasses.replace(run, lora=Lora(rank=2)))
     assert set(with_lora) == {"params", "lora"}
-    assert jax.tree.all(jax.tree.map(same_bits, with_lora["params"], initial()["params"]))
+    assert_same_bits(with_lora["params"], initial()["params"])
 
 
 def test_without_a_checkpoint_a_run_stays_as_it_is():
@@ -277,7 +278,7 @@ def test_without_a_checkpoint_a_run_stays_as_it_is():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the command hands to train, instead of training."""
+    """The arguments that the command passes to train(), which is replaced."""
     found = []
     monkeypatch.setattr("train.trainer.train", lambda run, folder: found.append((run, folder)))
     return found
@@ -304,7 +305,7 @@ def test_the_command_takes_overrides_at_any_depth(calls):
     assert folder == Path("runs/nano_cpu")
 
 
-def test_the_command_takes_a_mesh_and_otherwise_leaves_that_of_the_run(calls, monkeypatch):
+def test_the_command_takes_a_mesh_and_otherwise_keeps_the_runs(calls, monkeypatch):
     assert command.main(["nano_cpu", "--mesh.expert", "2", "--mesh.data", "1"]) == 0
     monkeypatch.setitem(RUNS, "meshed", lambda: small_run(mesh=MeshSpec(tensor=2)))
     assert command.main(["meshed"]) == command.main(["nano_cpu"]) == 0

@@ -1,4 +1,4 @@
-"""`python -m tests.train.worker small ...` is `python -m train ...` with one more run, small enough for a test."""
+"""`python -m tests.train.worker small ...` is `python -m train ...` with an additional run for tests."""
 
 import dataclasses
 import sys
@@ -11,7 +11,7 @@ from train.runs import RUNS
 
 
 def small() -> Run:
-    """20 steps in which everything trains, on batches that eight devices can share out."""
+    """20 steps that train everything, on batches that eight devices can split."""
     return Run(
         model=dataclasses.replace(CONFIG, n_layers=1, n_dense_layers=0, n_mtp_layers=0),
         stages=(sparse(20, lr=3e-3, index_lr=3e-3, lr_warmup=2, bias_step=0.01),),

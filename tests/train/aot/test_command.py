@@ -1,4 +1,4 @@
-"""`dsa-jax aot`: what it compiles, what it prints and writes, and how it refuses."""
+"""`dsa-jax aot`: what it compiles, its output, and how it refuses bad input."""
 
 import dataclasses
 import importlib.util
@@ -29,7 +29,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def written(tmp_path, *arguments):
-    """(exit code, what the command wrote) for the tiny model."""
+    """(exit code, content of the JSON file) for the tiny model."""
     file = tmp_path / "out.json"
     code = main([*TINY, "--json", str(file), *arguments])
     return code, json.loads(file.read_text())
@@ -37,7 +37,7 @@ def written(tmp_path, *arguments):
 
 @needs_libtpu
 @pytest.mark.tpu_compile
-def test_a_step_compiles_for_a_tpu_and_everything_is_reported(tmp_path, capsys):
+def test_a_step_compiles_for_a_tpu_and_is_reported(tmp_path, capsys):
     dump = tmp_path / "dump"
     arguments = ["--topology", "v5p:2x2x1", "--mode", "decode", "--mesh", "expert=2", "--layers", "2"]
     code, content = written(tmp_path, *arguments, "--dump", str(dump))
@@ -85,7 +85,7 @@ def test_a_plan_is_the_program_without_its_code(tmp_path, capsys):
 
 
 @simulated
-def test_memory_is_what_the_compiler_says(tmp_path, monkeypatch, capsys):
+def test_memory_is_the_compilers_plan(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(CHIPS, "h200", dataclasses.replace(CHIPS["h200"], hbm_bytes=2e6))
     dump = tmp_path / "dump"
     arguments = ["--topology", "h200:8", "--mode", "prefill", "--mesh", "data=4,tensor=2", "--layers", "1"]
@@ -119,13 +119,13 @@ def job(**changes):
 
 
 @simulated
-def test_the_operations_of_a_training_step_are_those_of_the_mathematics():
+def test_a_training_step_has_the_operations_of_the_mathematics():
     per_token = training_flops(dataclasses.replace(tiny(), attention="dense"), 64, "indexer")
     assert job(mode="warmup").flops() == pytest.approx({n: value * 8 * 64 for n, value in per_token.items()})
 
 
 @simulated
-def test_every_suggested_mesh_divides_the_job_and_what_fits_comes_first():
+def test_suggested_meshes_divide_the_job_and_those_that_fit_come_first():
     wide = job()
     found = meshes(wide)
     assert {"data": 8, "expert": 1, "context": 1, "tensor": 1} in found
@@ -140,7 +140,7 @@ def test_every_suggested_mesh_divides_the_job_and_what_fits_comes_first():
 
 
 @simulated
-def test_the_operations_of_a_prompt_are_those_of_its_parts():
+def test_the_operations_of_a_prompt_are_the_sum_of_its_chunks():
     whole = job(mode="prefill").flops()
     last = job(mode="prefill", chunk=16).flops()
     one = job(mode="decode").flops()
@@ -201,7 +201,7 @@ def test_a_shape_that_no_pod_has_is_refused_with_one_that_has(capsys):
     assert len(read_topology("tpu7x:2x2x1")[1]) == 8
 
 
-def test_what_xla_refuses_is_read():
+def test_refusals_of_xla_are_parsed():
     message = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
     message += "HLO temporaries (180.00G) exceeds available HBM (95.73G). HLO module: jit_step."
     assert refusal(message) == (180 * 2**30, round(95.73 * 2**30))
@@ -213,7 +213,7 @@ def test_what_xla_refuses_is_read():
 
 
 @simulated
-def test_the_dsa_jax_command_finds_it_or_says_what_to_do(monkeypatch, capsys):
+def test_the_dsa_jax_command_finds_it_or_says_how_to_install_it(monkeypatch, capsys):
     class Point:
         name = "aot"
 
@@ -228,7 +228,7 @@ def test_the_dsa_jax_command_finds_it_or_says_what_to_do(monkeypatch, capsys):
     assert "install the package again: pip install -e ." in capsys.readouterr().err
 
 
-def test_help_teaches(capsys):
+def test_help_has_examples(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out

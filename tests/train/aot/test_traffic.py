@@ -1,4 +1,4 @@
-"""What is read from a compiled program equals what is counted by hand."""
+"""The numbers read from compiled programs equal those counted by hand."""
 
 import functools
 
@@ -25,7 +25,7 @@ def exchanged(text, shape=SHAPE):
 
 @functools.cache
 def compiled_loop():
-    """Eight devices: in each of 5 rounds a gather over expert [4 16] f32 and a sum over data; then one permutation."""
+    """Eight devices: 5 times a gather over expert [4 16] f32 and a sum over data; then one permutation."""
     if jax.device_count() != 8:
         pytest.skip("needs eight devices (see tests/conftest.py)")
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
@@ -50,7 +50,7 @@ def compiled_loop():
     return jax.jit(step).lower(*arguments).compile().as_text()
 
 
-def test_collectives_count_once_for_each_round_of_a_loop():
+def test_collectives_count_once_per_iteration_of_a_loop():
     block = 4 * 16 * 4  # bytes
     assert exchanged(compiled_loop()) == {
         ("all-gather", ("expert",)): (5 * 3 * block, 5),
@@ -59,7 +59,7 @@ def test_collectives_count_once_for_each_round_of_a_loop():
     }
 
 
-def test_products_count_once_for_each_round_of_a_loop():
+def test_products_count_once_per_iteration_of_a_loop():
     assert product_flops(parse(compiled_loop())) == 5 * 2 * 16 * 16 * 16
 
 
@@ -110,7 +110,7 @@ ENTRY %main (x.1: f32[8,128]) -> f32[8,128] {
 """
 
 
-def test_a_loops_rounds_are_read_off_its_condition_start_and_step():
+def test_trip_counts_are_read_from_condition_start_and_step():
     program = parse(LOOP)
     assert program.runs["body"] == 4  # 1, 3, 5, 7
     assert program.runs["inner"] == 4
@@ -120,7 +120,7 @@ def test_a_loops_rounds_are_read_off_its_condition_start_and_step():
     )
 
 
-def test_an_all_reduce_of_which_a_device_keeps_its_slice_is_a_reduce_scatter():
+def test_an_all_reduce_followed_by_a_slice_is_a_reduce_scatter():
     block = 8 * 128 * 4
     assert exchanged(LOOP) == {
         ("reduce-scatter", ("expert",)): (4 * block * 3 / 4, 4),
@@ -128,7 +128,7 @@ def test_an_all_reduce_of_which_a_device_keeps_its_slice_is_a_reduce_scatter():
     }
 
 
-def test_of_a_conditional_the_shortest_branch_counts_or_every_one():
+def test_the_shortest_branch_of_a_conditional_counts_or_all_branches():
     text = """%short (p.1: f32[8]) -> f32[8] {
   ROOT %p.1 = f32[8]{0} parameter(0)
 }
@@ -161,13 +161,13 @@ ENTRY %main (i: s32[], x: f32[8]) -> f32[8] {
         ("source_target_pairs={{0,1},{1,0}}", ("expert",)),
     ],
 )
-def test_mesh_axes_are_read_off_every_form_of_a_group(groups, axes):
+def test_mesh_axes_are_read_from_all_forms_of_groups(groups, axes):
     text = LOOP.replace("replica_groups=[2,4]<=[8]", groups)
     assert {e.axes for e in collectives(parse(text), SHAPE)} == {axes, ("expert",)}
 
 
-def test_a_batch_written_as_a_dilated_window_is_not_counted_as_work():
-    """[8 64 32] times [8 32 16]: a window over 8 positions, of which one at a time lies on the operand."""
+def test_a_batch_written_as_a_dilated_window_adds_no_operations():
+    """[8 64 32] times [8 32 16]: a window over 8 positions, only one of which hits the operand at a time."""
     text = """ENTRY %main (a: f32[8,64,32], b: f32[8,32,16]) -> f32[8,64,16] {
   %a = f32[8,64,32]{2,1,0} parameter(0)
   %b = f32[8,32,16]{2,1,0} parameter(1)
@@ -178,7 +178,7 @@ def test_a_batch_written_as_a_dilated_window_is_not_counted_as_work():
     assert product_flops(parse(text)) == 2 * 8 * 64 * 32 * 16
 
 
-def test_traffic_counts_slices_and_updates_by_their_own_size_and_nothing_on_chip():
+def test_traffic_counts_slices_and_updates_at_their_own_size_and_nothing_on_chip():
     text = """%sliced (p0: f32[64,8,128], p1: s32[]) -> f32[8,128] {
   %p0 = f32[64,8,128]{2,1,0:T(8,128)} parameter(0)
   %p1 = s32[] parameter(1)
@@ -270,6 +270,6 @@ def test_arrays_have_the_size_of_their_tiles(shape, size):
     assert sum(buffer.bytes for buffer in Instruction("x", shape, "add", (), "").buffers) == size
 
 
-def test_what_is_no_program_is_refused():
+def test_a_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY computation, got 'HloModule x'"):
         parse("HloModule x")

@@ -1,4 +1,4 @@
-"""Text to tokens on disk: nothing is lost, nothing leaks between the splits, the same input gives the same bytes."""
+"""Text to tokens on disk: no loss, no leak between splits, and the same bytes for the same input."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ TEXTS = [f"def f{n}(x):\n    return x + {n}  # été, \t日本 {'<|eos|>' * (n %
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """A folder with all four kinds of file, an empty one, one repeated text and one file that is not text."""
+    """A folder with all four kinds of file, an empty file, a repeated text and a file that is not text."""
     folder = tmp_path / "corpus"
     (folder / "inner").mkdir(parents=True)
     for n, text in enumerate(TEXTS[:20]):
@@ -44,7 +44,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def test_every_text_comes_back_between_bos_and_eos_and_in_one_split(corpus, tmp_path):
+def test_each_text_is_restored_from_between_bos_and_eos_of_one_split(corpus, tmp_path):
     prepare([str(corpus)], out := tmp_path / "out", vocab_size=300, validation_share=0.1)
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     texts = []
@@ -57,7 +57,7 @@ def test_every_text_comes_back_between_bos_and_eos_and_in_one_split(corpus, tmp_
     assert sorted(texts) == sorted(TEXTS)
 
 
-def test_the_manifest_says_what_is_in_the_folder(corpus, tmp_path):
+def test_the_manifest_describes_the_folder(corpus, tmp_path):
     manifest = prepare([str(corpus)], out := tmp_path / "out", vocab_size=300, licence="MIT")
     assert manifest == json.loads((out / "manifest.json").read_text())
     (source,) = manifest["sources"]
@@ -78,7 +78,7 @@ def test_the_manifest_says_what_is_in_the_folder(corpus, tmp_path):
     assert str(tmp_path) not in (out / "manifest.json").read_text()
 
 
-def test_the_same_input_gives_the_same_bytes_wherever_it_lies(corpus, tmp_path):
+def test_the_same_input_gives_the_same_bytes_in_any_folder(corpus, tmp_path):
     prepare([str(corpus)], tmp_path / "once", vocab_size=320)
     (tmp_path / "elsewhere").mkdir()
     moved = corpus.rename(tmp_path / "elsewhere" / "corpus")
@@ -86,7 +86,7 @@ def test_the_same_input_gives_the_same_bytes_wherever_it_lies(corpus, tmp_path):
     assert digests(tmp_path / "once") == digests(tmp_path / "twice")
 
 
-def test_more_documents_move_none_to_the_other_split(corpus, tmp_path):
+def test_adding_documents_moves_none_to_the_other_split(corpus, tmp_path):
     def validation_texts(folder: Path) -> set[str]:
         splits = split_documents(read_source(str(folder), False, None)[0], 0.2)
         assert splits["validation"] and splits["train"]
@@ -109,7 +109,7 @@ def test_a_few_documents_still_have_a_validation_split(tmp_path):
         prepare(files[:1] * 2, tmp_path / "other")
 
 
-def test_a_tokenizer_made_elsewhere_is_used_as_it_is(corpus, tmp_path):
+def test_a_tokenizer_made_elsewhere_is_used_unchanged(corpus, tmp_path):
     own = Tokenizer.from_str(train_tokenizer(TEXTS, 280).to_str())
     text = own.to_str().replace("<|bos|>", "<｜begin▁of▁sentence｜>").replace("<|reserved_", "<|tool_")
     (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
@@ -155,7 +155,7 @@ def test_bad_arguments_are_refused_before_any_work(corpus, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_run_leaves_no_folder_and_does_not_disturb_the_next(corpus, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_no_folder_and_the_next_succeeds(corpus, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
@@ -168,7 +168,7 @@ def test_an_interrupted_run_leaves_no_folder_and_does_not_disturb_the_next(corpu
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
 
 
-def test_the_standard_library_is_read_without_what_is_installed_generated_or_a_test(tmp_path):
+def test_the_standard_library_is_read_without_installed_generated_or_test_files(tmp_path):
     files = {
         "abc.py": "'''été'''\n".encode(),
         "old.py": b"# coding: latin-1\nname = '\xe9'\n",

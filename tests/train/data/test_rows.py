@@ -1,4 +1,4 @@
-"""Rows and batches: every token once, targets that stay in their document, and continuation as if never stopped."""
+"""Rows and batches: each token once, targets within their document, and exact resuming."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ LENGTHS = (5, 2, 9, 3, 14, 4)
 
 
 class Numbers:
-    """Row i is all `first + i`."""
+    """Row i holds only the value ``first + i``."""
 
     def __init__(self, n_rows: int, first: int = 0, seq_len: int = 3) -> None:
         self.n_rows, self.first, self.seq_len = n_rows, first, seq_len
@@ -30,12 +30,12 @@ class Numbers:
 
 
 def numbers(iterator, count: int | None = None) -> list[list[int]]:
-    """Which rows of `Numbers` the batches have."""
+    """The rows of ``Numbers`` in each batch."""
     return [batch["tokens"][:, 0].tolist() for batch in itertools.islice(iterator, count)]
 
 
 def write(folder: Path, lengths: tuple[int, ...]) -> list[np.ndarray]:
-    """A prepared folder whose documents, bos and eos included, have these lengths; the documents."""
+    """Writes a prepared folder of documents with these lengths, including bos and eos; returns the documents."""
     folder.mkdir(exist_ok=True)
     ids = itertools.count(10)
     documents = [np.array([BOS, *itertools.islice(ids, length - 2), EOS], np.uint16) for length in lengths]
@@ -106,7 +106,7 @@ def test_a_folder_that_is_not_a_prepared_one_is_refused(tmp_path):
         PackedRows(tmp_path, "train", 4)
 
 
-def test_sources_and_iterators_keep_the_protocols(tmp_path):
+def test_sources_and_iterators_satisfy_the_protocols(tmp_path):
     write(tmp_path, LENGTHS)
     for source in (PackedRows(tmp_path, "train", 4), AssociativeRecall(32, 8, 4, 4), Numbers(4)):
         assert isinstance(source, RowSource)
@@ -154,18 +154,18 @@ def test_resumed_equals_uninterrupted(source, taken):
 
 @pytest.mark.parametrize("source", [Numbers(10), MIXTURE], ids=["source", "mixture"])
 @pytest.mark.parametrize("parts", [((0, 1), (2, 3)), ((0, 2), (3, 1)), ((0,), (1, 2, 3), (1, 2, 3))])
-def test_processes_together_have_the_rows_of_one(source, parts):
+def test_processes_together_have_the_rows_of_a_single_process(source, parts):
     alone = numbers(batches(source, 4, seed=1), 8)
     shares = [numbers(batches(source, 4, seed=1, rows=rows), 8) for rows in parts]
     for rows, share in zip(parts, shares, strict=True):
         assert share == [[batch[row] for row in rows] for batch in alone]
-    # A state is good for any rows.
+    # A state can be restored with any rows.
     one = batches(source, 4, seed=1)
     numbers(one, 3)
     assert numbers(batches(source, 4, seed=1, rows=parts[1], start=one.get_state()), 5) == shares[1][3:]
 
 
-def test_a_mixture_keeps_its_shares_in_every_stretch_and_repeats_small_sources():
+def test_a_mixture_keeps_its_shares_throughout_and_repeats_small_sources():
     rows = sum(numbers(batches(MIXTURE, 8, seed=2), 20), [])
     for first in range(0, len(rows), 40):
         kinds = np.digitize(rows[first : first + 40], [100, 500])
@@ -183,7 +183,7 @@ def test_text_and_tasks_mix_in_one_batch(tmp_path):
     assert is_task.sum() == 4
 
 
-def test_what_does_not_fit_is_refused_with_both_values():
+def test_sizes_that_do_not_fit_are_refused_with_both_values():
     with pytest.raises(ValueError, match="batch must be positive, got 0"):
         batches(Numbers(10), 0, 0)
     with pytest.raises(ValueError, match=r"rows must be some of 0 ... 3, got \[2, 4\]"):

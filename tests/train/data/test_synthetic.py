@@ -1,4 +1,4 @@
-"""The tasks: deterministic, well formed, and answerable from what stands in the row."""
+"""The tasks are deterministic, well formed, and solvable from the row alone."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ TASKS = [
 
 
 def answer(task, tokens: list[int], t: int) -> int:
-    """The value that stands in tokens[: t + 1] for the key tokens[t]: all that a model may look at."""
+    """The value for the key tokens[t], found in tokens[: t + 1] as a causal model must."""
     key, before = tokens[t], tokens[:t]
     if isinstance(task, AssociativeRecall):
         first = 2 + (key - task.first_query) * task.n_values
@@ -57,8 +57,8 @@ def answer(task, tokens: list[int], t: int) -> int:
         ]
         assert tokens[tokens.index(fact) - 1] == task.marker
         return task.first_value + (fact - task.first_fact) % 8
-    (place,) = [s for s, token in enumerate(before) if token == task.marker and tokens[s + 1] == key]
-    return tokens[place + 2]
+    (marker_at,) = [s for s, token in enumerate(before) if token == task.marker and tokens[s + 1] == key]
+    return tokens[marker_at + 2]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -85,7 +85,7 @@ def test_rows_are_one_full_segment_and_targets_are_the_next_token(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_row_follows_from_seed_and_index_alone(task):
+def test_a_row_depends_only_on_seed_and_index(task):
     again, other = dataclasses.replace(task), dataclasses.replace(task, seed=4)
     later_first = again[7], again[0]
     for index, row in zip((7, 0), later_first, strict=True):
@@ -126,7 +126,7 @@ def test_answers_are_close_to_uniform_so_guessing_does_not_help(task):
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("task", [NEEDLES, RANDOM_HAYSTACK, JOINED])
-def test_the_needle_asked_lies_at_the_depth_given(depth, task):
+def test_the_needle_asked_for_is_at_the_given_depth(depth, task):
     task = dataclasses.replace(task, depth=depth)
     for index in range(20):
         row, where = task[index], task.answers(index)
@@ -154,13 +154,13 @@ def test_random_needles_cover_all_depths():
         np.testing.assert_array_equal(values, row["targets"][answers["positions"]])
 
 
-def test_the_haystack_is_read_without_padding_and_beyond_its_last_row():
+def test_the_haystack_is_read_without_padding_and_wraps_around():
     text = Text()
     pure = dataclasses.replace(NEEDLES, n_queries=1, n_needles=1)
     rows = [text[index % 5]["tokens"][: 20 if index % 5 == 4 else 40] for index in range(4, 10)]
     read = pure[4]["tokens"].tolist()
-    place = read.index(pure.marker)
-    kept = np.array(read[:place] + read[place + 3 : -3])
+    at = read.index(pure.marker)
+    kept = np.array(read[:at] + read[at + 3 : -3])
     np.testing.assert_array_equal(kept, np.concatenate(rows)[: pure.n_text])
 
 
@@ -173,11 +173,11 @@ def test_text_loss_adds_the_haystack_targets_that_still_follow():
         np.testing.assert_array_equal(row["targets"][at], row["tokens"][at + 1])
         asked = plain["targets"] >= 0
         np.testing.assert_array_equal(row["targets"][asked], plain["targets"][asked])
-        # Lost: ends of documents and of joined rows, the text before each needle, needles, queries.
+        # Without targets: ends of documents and of joined rows, the token before each needle, needles, queries.
         assert len(at) >= task.n_text - 5 - task.n_needles - 1 + task.asked
         markers = np.flatnonzero(row["tokens"] == task.marker)
-        for place in markers:
-            assert (row["targets"][max(place - 1, 0) : place + 3] == -1).all()
+        for at in markers:
+            assert (row["targets"][max(at - 1, 0) : at + 3] == -1).all()
 
 
 def test_accuracy_counts_positions_with_a_target():

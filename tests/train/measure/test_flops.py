@@ -1,4 +1,4 @@
-"""FLOPs: against XLA's own count, the number of active parameters, and the published shares of V3.2."""
+"""FLOPs against XLA's count, the number of active parameters, and V3.2's numbers by hand."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def per_layer(part, length, **changes):
 
 
 def test_a_dense_layer_counts_what_xla_counts():
-    """XLA multiplies masked pairs too, and counts a scan's body once, so: one layer, and T pairs a query."""
+    """XLA also multiplies masked pairs and counts a scan's body once, hence one layer and T pairs per query."""
     config = tiny(
         n_layers=1, n_dense_layers=1, n_mtp_layers=0, attention="dense", attention_form="mha", dtype="float32"
     )
@@ -49,7 +49,7 @@ def test_without_pairs_it_is_two_operations_per_active_parameter(config):
 
 
 class TestV32:
-    """By hand: 2 * 128 (192 + 128) a dense pair, 2 * 64 * 128 an index dot, 2 * 128 (2 * 512 + 64) a selected key."""
+    """By hand, per dense pair 2 * 128 (192 + 128), index dot 2 * 64 * 128, selected key 2 * 128 (2 * 512 + 64)."""
 
     T = 131072
 
@@ -67,7 +67,7 @@ class TestV32:
         projected = 2 * (1536 * 64 * 128 + 7168 * (128 + 64))
         assert per_layer("indexer", self.T) == pytest.approx(scored + projected)
 
-    def test_break_even_lies_near_17_thousand_tokens(self):
+    def test_break_even_is_near_17_thousand_tokens(self):
         def difference(length):
             dense = per_layer("attention", length, attention="dense", attention_form="mha")
             sparse = per_layer("attention", length, attention_form="mqa")
@@ -79,7 +79,7 @@ class TestV32:
     def test_rows_no_longer_than_index_topk_score_nothing(self):
         assert per_layer("indexer", K) == 0 < per_layer("indexer", K + 1)
 
-    def test_short_sparse_rows_cost_dense_attention_and_the_indexer(self):
+    def test_short_sparse_rows_cost_dense_attention_plus_the_indexer(self):
         sparse, dense = forward_flops(V32, 4096), forward_flops(deepseek_v32(attention="dense"), 4096)
         assert sparse | {"indexer": 0.0} == dense
 
@@ -93,7 +93,7 @@ class TestTraining:
         training = training_flops(config, self.T, "model")
         assert sum(training.values()) == pytest.approx(3 * sum(forward.values()))
 
-    def test_the_choice_of_keys_has_no_backward_pass(self):
+    def test_selection_has_no_backward_pass(self):
         forward, training = forward_flops(V32, self.T), training_flops(V32, self.T, "model")
         assert training["indexer"] == forward["indexer"]
 

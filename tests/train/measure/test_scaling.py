@@ -1,4 +1,4 @@
-"""The benchmark of several devices: what it prints and writes, and that every mesh has the same losses."""
+"""The scaling benchmark: its output, and equal losses on every mesh."""
 
 import dataclasses
 import json

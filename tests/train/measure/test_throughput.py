@@ -1,4 +1,4 @@
-"""Speed and memory: every combination has its row, and the numbers are of one another."""
+"""Speed and memory: one row per combination, with consistent numbers."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ def simple(function):
     return Pass(make=lambda config: function, flops=lambda config, length: 7.0)
 
 
-def test_every_length_pass_and_attention_has_a_row():
+def test_there_is_one_row_per_length_pass_and_attention():
     passes = {
         "more": simple(lambda params, batch: batch["tokens"] + 1),
         "sum": simple(lambda params, batch: (params["params"]["head"] ** 2).sum()),
@@ -64,7 +64,7 @@ def test_a_prefill_computes_one_row_of_logits():
     assert jax.eval_shape(logits).shape == (2, 1, CONFIG.vocab_size)
 
 
-def test_what_does_not_fit_is_a_row_that_says_so():
+def test_out_of_memory_is_reported_in_its_row():
     def make(config):
         def run(params, batch):
             if config.attention == "dense":

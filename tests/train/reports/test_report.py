@@ -1,4 +1,4 @@
-"""The report of a made-up run: it says what the files say, draws what there is to draw, and refuses what is broken."""
+"""The report of a made-up run: its numbers, its pictures, and how broken folders are refused."""
 
 import json
 
@@ -71,7 +71,7 @@ def write(folder, config=config(), metrics=(), evaluations=None):  # noqa: B008
     return folder
 
 
-def test_everything_that_a_run_wrote_is_shown(tmp_path):
+def test_all_records_of_a_run_are_shown(tmp_path):
     report, *pictures = write_report(write(tmp_path, config(), metrics(), evaluations()))
     names = [path.stem for path in pictures]
     assert names == ["loss", "index_kl", "attention_mass", "expert_load", "needles"]
@@ -87,7 +87,7 @@ def test_everything_that_a_run_wrote_is_shown(tmp_path):
     assert "| sparse | 100,655 | 20 | 3.0 |" in text
 
 
-def test_a_run_that_has_just_begun_has_a_report(tmp_path):
+def test_a_new_run_has_a_report(tmp_path):
     first = {"step": 10, "stage": "dense", "ce": 5.0, "max_load_ratio": []}
     report, *pictures = write_report(write(tmp_path, config(), [first]))
     assert [path.stem for path in pictures] == ["loss"]
@@ -135,12 +135,12 @@ class TestBadFolders:
         with pytest.raises(ValueError, match="config.json is not JSON"):
             read_run(tmp_path)
 
-    def test_the_command_says_it_in_one_line(self, tmp_path, capsys):
+    def test_the_command_reports_it_in_one_line(self, tmp_path, capsys):
         assert main([str(tmp_path)]) == 2
         assert capsys.readouterr().err.startswith("python -m train.reports: a run's folder must have")
 
 
-def test_the_command_prints_what_it_wrote(tmp_path, capsys):
+def test_the_command_prints_the_paths_it_wrote(tmp_path, capsys):
     assert main([str(write(tmp_path, config(), metrics()))]) == 0
     assert capsys.readouterr().out.split() == [
         str(tmp_path / name) for name in ("report.md", "loss.png", "index_kl.png", "expert_load.png")
