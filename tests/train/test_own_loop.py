@@ -50,7 +50,7 @@ def test_it_has_fewer_than_20_lines():
     assert 10 < len(code) < 20
 
 
-@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)")
+@pytest.mark.devices(8)
 def test_its_loss_falls_alike_on_one_device_and_on_a_mesh():
     _, alone = trained(LOOP, SPARSE)
     _, meshed = trained(LOOP, SPARSE, make_mesh(expert=2, tensor=2))

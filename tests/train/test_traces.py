@@ -3,7 +3,6 @@
 import dataclasses
 
 import chex
-import jax
 import pytest
 from rich.console import Console
 
@@ -16,7 +15,7 @@ from train.step import compiled_step
 from train.trainer import train as run_all
 
 SHORT = tuple(dataclasses.replace(stage, steps=4, lr_warmup=1) for stage in STAGES)
-eight = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices (see tests/conftest.py)")
+eight = pytest.mark.devices(8)
 
 
 @pytest.fixture(autouse=True)

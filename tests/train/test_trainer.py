@@ -50,7 +50,7 @@ def nano_cpu(tmp_path_factory):
     return done.stdout, read_lines(folder / "eval.jsonl")
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.xdist_group("quick run")  # its fixture trains for minutes: once, not once per worker
 class TestQuickRun:
     def test_it_prints_the_evaluation_of_each_stage(self, nano_cpu):
