@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from pallas_kernels.bench.command import product_rate
+from pallas_kernels.bench.timing import product_rate
 from train.checkpoint import Checkpoints
 from train.config import Run, Stage, to_json
 from train.data.sources import training_batches

@@ -2,12 +2,13 @@
 
 import jax
 
-from pallas_kernels.dispatch import dispatch, lazy
+from pallas_kernels.dispatch import Implementations, Kernel, dispatch
+from pallas_kernels.hopper.versions import HOPPER_TESTED_JAX
 from pallas_kernels.select_topk import xla
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: Implementations = {
     "xla": xla.select_topk,
-    "mosaic_gpu": lazy("pallas_kernels.select_topk.mosaic_gpu", "select_topk"),
+    "mosaic_gpu": Kernel("pallas_kernels.select_topk.mosaic_gpu", "select_topk", tested=HOPPER_TESTED_JAX),
 }
 
 

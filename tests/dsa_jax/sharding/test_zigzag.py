@@ -146,6 +146,7 @@ def test_nothing_is_exchanged_where_it_cannot_be_or_does_not_pay():
 def test_balancing_pays_where_a_kernel_scores(monkeypatch):
     sizes = (64, 128, jnp.dtype(jnp.bfloat16))
     assert not index_scores_has_kernel(*sizes)
+    monkeypatch.setenv(dispatch.ANY_JAX_VERSION, "1")
     monkeypatch.setitem(dispatch.PREFERRED, jax.default_backend(), "mosaic_gpu")
     assert not index_scores_has_kernel(*sizes)  # it refuses: this is no GPU
     monkeypatch.setattr("pallas_kernels.hopper.device.require_hopper", lambda: None)
