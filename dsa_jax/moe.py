@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.expert_dispatch import exchanged
-from dsa_jax.grouped import grouped_matmul
+from dsa_jax.fp8.weight import Fp8Weight
 from dsa_jax.linear import linear, linear_float32
 from dsa_jax.sharding import PartialSum, constrain, expert_devices, shard_map
+from pallas_kernels import grouped_matmul
 
 Parameters = Mapping[str, Any]
 
@@ -192,11 +193,18 @@ def _sum_of_experts(x, experts, weights, parameters, n_experts, all_held=True):
         return rows if in_group is None else jnp.where(in_group, rows, 0)
 
     tokens = grouped(x.reshape(B * T, D)[by_expert // A])
-    gate = grouped(grouped_matmul(tokens, parameters["w_gate"], group_sizes))
-    hidden = _activate(gate, grouped(grouped_matmul(tokens, parameters["w_up"], group_sizes)))
-    outputs = grouped(grouped_matmul(hidden, parameters["w_down"], group_sizes))
+    gate = grouped(_grouped_linear(tokens, parameters["w_gate"], group_sizes))
+    hidden = _activate(gate, grouped(_grouped_linear(tokens, parameters["w_up"], group_sizes)))
+    outputs = grouped(_grouped_linear(hidden, parameters["w_down"], group_sizes))
     outputs = outputs[jnp.argsort(by_expert)].reshape(B, T, A, D)
     return (outputs.astype(jnp.float32) * weights[..., None]).sum(axis=2)
+
+
+def _grouped_linear(rows, weights, group_sizes):
+    """``grouped_matmul`` by weights that may be kept in FP8."""
+    if isinstance(weights, Fp8Weight):
+        return grouped_matmul(rows, weights.values, group_sizes, weight_scales=weights.scales)
+    return grouped_matmul(rows, weights, group_sizes)
 
 
 def _route_and_count(scores, bias, valid, config):

@@ -11,7 +11,10 @@ WORKSPACE_BYTES = 256 * 2**20  # what one block of an ``xla`` implementation may
 
 
 def block_size(n_queries: int, bytes_per_query: int, workspace_bytes: int | None = None) -> int:
-    """The largest power of two of queries whose workspace stays below WORKSPACE_BYTES, or that given (at least 1)."""
+    """Queries per block: the largest power of two whose workspace fits ``workspace_bytes``, at least 1.
+
+    workspace_bytes: WORKSPACE_BYTES if None.
+    """
     workspace_bytes = WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
     block = 1
     while block < n_queries and 2 * block * bytes_per_query <= workspace_bytes:
@@ -22,9 +25,12 @@ def block_size(n_queries: int, bytes_per_query: int, workspace_bytes: int | None
 def block_of_heads(
     n_queries: int, n_heads: int, wide: int, bytes_per_query: Callable[[int], int]
 ) -> tuple[int, int]:
-    """Queries a block and heads at a time: the most heads with which a block is ``wide``, or else as wide as with one.
+    """(queries per block, heads at a time), where more heads at a time leave room for fewer queries.
 
-    bytes_per_query: of that many heads.
+    Takes the largest divisor of ``n_heads`` that still lets a block have ``wide`` queries. If not even one head at a
+    time leaves room for so many, it takes the largest with as many queries as one head allows.
+
+    bytes_per_query: workspace of one query, as a function of the number of heads at a time.
     """
 
     def block(heads: int) -> int:
@@ -36,7 +42,7 @@ def block_of_heads(
 
 
 def split_queries(array: jax.Array, block: int) -> jax.Array:
-    """[B T ...] -> [T/block B block ...]; T is padded up with 0, or -1 for integers (which mean "no key")."""
+    """[B T ...] -> [T/block B block ...]; T is padded with 0, or for integers with -1, which means "no key"."""
     padding = -array.shape[1] % block
     if padding:
         widths = [(0, 0), (0, padding)] + [(0, 0)] * (array.ndim - 2)
@@ -52,9 +58,9 @@ def join_queries(blocks: jax.Array, n_queries: int) -> jax.Array:
 
 
 def map_query_blocks(function: Callable[..., Any], block: int, *arrays: jax.Array) -> Any:
-    """``function(*arrays)``, where axis 1 of every argument and result is T, ``block`` queries at a time.
+    """``function(*arrays)``, computed for ``block`` queries at a time; axis 1 of every argument and result is T.
 
-    One block is alive at a time, in the backward pass too if ``function`` is wrapped in jax.checkpoint.
+    One block's intermediates exist at a time, in the backward pass too if ``function`` is wrapped in jax.checkpoint.
     """
     n_queries = arrays[0].shape[1]
     if n_queries <= block:

@@ -12,12 +12,12 @@ def visible(key_start: Int[Array, "B T"], key_stop: Int[Array, "B T"], n_keys: i
 
 
 def gather(keys: Float[Array, "B S X"], indices: Int[Array, "B T K"]) -> Float[Array, "B T K X"]:
-    """The listed rows. A -1 reads row 0: the caller must give it no weight."""
+    """The listed keys. A -1 reads key 0, to which the caller must give no weight."""
     return jax.vmap(lambda rows, i: rows[i])(keys, jnp.maximum(indices, 0))
 
 
 def scatter_add(
     total: Float[Array, "B S X"], indices: Int[Array, "B T K"], update: Float[Array, "B T K X"]
 ) -> Float[Array, "B S X"]:
-    """Adds to the listed rows. A -1 adds to row 0: the caller must make its update 0."""
+    """Adds to the listed keys. A -1 adds to key 0, so the caller must make its update 0."""
     return jax.vmap(lambda rows, i, x: rows.at[i].add(x))(total, jnp.maximum(indices, 0), update)

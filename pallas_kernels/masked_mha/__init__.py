@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import Implementations, dispatch
 from pallas_kernels.masked_mha import xla
+from pallas_kernels.masked_mha.xla import Operands, VisibleKeys
 
-_FORWARD = {"xla": xla.forward}
-_BACKWARD = {"xla": xla.backward}
+_FORWARD: Implementations = {"xla": xla.forward}
+_BACKWARD: Implementations = {"xla": xla.backward}
 
 
 def masked_mha(
@@ -28,9 +29,8 @@ def masked_mha(
     """Softmax attention over the visible keys, or over those of them that ``topk_indices`` lists.
 
     Dense attention when ``topk_indices`` is None. With indices it computes what ``sparse_mla`` computes
-    on absorbed queries, by masking instead of gathering: 3.4 times fewer operations per key, but all
-    keys are multiplied, so it pays for short sequences. The model selects between the two
-    (``dsa_jax.mla.prefers_mha``). Equivalent to:
+    on absorbed queries, by masking instead of gathering. That takes 3.4 times fewer operations per key, but multiplies
+    all keys, so it pays for short sequences; the model chooses between the two. Equivalent to:
 
         logits = (einsum("BTNP,BSNP->BTNS", q_nope, k_nope) + einsum("BTNR,BSR->BTNS", q_rope, k_rope)) * scale
         logits = where(seen[:, :, None, :], logits, -inf)
@@ -72,26 +72,24 @@ def masked_mha(
             raise ValueError(
                 f"{name} must have shape {expected} to match q_nope {q_nope.shape}, got {array.shape}"
             )
-    return _attend(
-        scale, implementation, q_nope, q_rope, k_nope, k_rope, v, key_start, key_stop, topk_indices
-    )
+    operands = Operands(q_nope, q_rope, k_nope, k_rope, v)
+    return _attend(scale, implementation, operands, VisibleKeys(key_start, key_stop, topk_indices))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale: float, implementation: str | None, *arrays: jax.Array | None) -> Any:
-    return dispatch("masked_mha", _FORWARD, implementation, *arrays, scale=scale)
+def _attend(scale: float, implementation: str | None, operands: Operands, keys: VisibleKeys) -> Any:
+    return dispatch("masked_mha", _FORWARD, implementation, operands, keys, scale=scale)
 
 
-def _attend_forward(scale: float, implementation: str | None, *arrays: jax.Array | None) -> Any:
-    out, lse = _attend(scale, implementation, *arrays)
-    return (out, lse), (*arrays, out, lse)
+def _attend_forward(scale: float, implementation: str | None, operands: Operands, keys: VisibleKeys) -> Any:
+    results = _attend(scale, implementation, operands, keys)
+    return results, (operands, keys, results)
 
 
 def _attend_backward(scale: float, implementation: str | None, residuals: Any, cotangents: Any) -> Any:
-    gradients = dispatch(
-        "masked_mha gradient", _BACKWARD, implementation, *residuals, *cotangents, scale=scale
-    )
-    return (*gradients, None, None, None)  # intervals and indices are integers
+    name = "masked_mha gradient"
+    gradients = dispatch(name, _BACKWARD, implementation, *residuals, cotangents, scale=scale)
+    return gradients, None  # intervals and indices are integers
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

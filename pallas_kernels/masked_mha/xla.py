@@ -1,11 +1,11 @@
-"""masked_mha with XLA einsums, one block of queries at a time, of few heads of one row where that makes it wider.
+"""masked_mha with XLA einsums, one block of queries at a time.
 
-A block reads all its keys and, backward, reads and writes their gradients: with few queries a block that would be
-most of the traffic.
+A block reads all keys and, in the backward pass, reads and writes their gradients. With few queries per block that
+would be most of the traffic. Where it makes the block wider, it holds only some heads of one row of the batch.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +16,33 @@ from pallas_kernels.arithmetic import accumulator, einsum, exponentials, probabi
 from pallas_kernels.blocking import block_of_heads, block_size, join_queries, map_query_blocks, split_queries
 from pallas_kernels.keys import visible
 
-WIDE = 512  # queries a block, at which the keys' traffic is a small part of the logits'
+WIDE = 512  # queries per block at which the keys' traffic is a small part of the logits'
 
 
-def forward(
-    q_nope: Float[Array, "B T N P"],
-    q_rope: Float[Array, "B T N R"],
-    k_nope: Float[Array, "B S N P"],
-    k_rope: Float[Array, "B S R"],
-    v: Float[Array, "B S N H"],
-    key_start: Int[Array, "B T"],
-    key_stop: Int[Array, "B T"],
-    topk_indices: Int[Array, "B T K"] | None,
-    *,
-    scale: float,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+class Operands(NamedTuple):
+    """What is multiplied, or its gradients."""
+
+    q_nope: Float[Array, "B T N P"]
+    q_rope: Float[Array, "B T N R"]
+    k_nope: Float[Array, "B S N P"]
+    k_rope: Float[Array, "B S R"]
+    v: Float[Array, "B S N H"]
+
+
+class VisibleKeys(NamedTuple):
+    """Which keys each query sees: an interval, and of these only the listed ones unless ``topk_indices`` is None."""
+
+    key_start: Int[Array, "B T"]
+    key_stop: Int[Array, "B T"]
+    topk_indices: Int[Array, "B T K"] | None
+
+
+Results = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]  # out and lse, or their cotangents
+
+
+def forward(operands: Operands, keys: VisibleKeys, *, scale: float) -> Results:
     """See ``pallas_kernels.masked_mha``."""
+    q_nope, q_rope, k_nope, k_rope, v = operands
 
     def some_heads(per_head, per_row):
         q, k, v = per_head
@@ -46,32 +57,14 @@ def forward(
 
     q = jnp.concatenate([q_nope, q_rope], axis=-1)
     per_head = q, _keys(k_nope, k_rope), v
-    return _map_heads(some_heads, per_head, _present(key_start, key_stop, topk_indices))
+    return _map_heads(some_heads, per_head, _present(*keys))
 
 
 def backward(
-    q_nope: Float[Array, "B T N P"],
-    q_rope: Float[Array, "B T N R"],
-    k_nope: Float[Array, "B S N P"],
-    k_rope: Float[Array, "B S R"],
-    v: Float[Array, "B S N H"],
-    key_start: Int[Array, "B T"],
-    key_stop: Int[Array, "B T"],
-    topk_indices: Int[Array, "B T K"] | None,
-    out: Float[Array, "B T N H"],
-    lse: Float[Array, "B T N"],
-    d_out: Float[Array, "B T N H"],
-    d_lse: Float[Array, "B T N"],
-    *,
-    scale: float,
-) -> tuple[
-    Float[Array, "B T N P"],
-    Float[Array, "B T N R"],
-    Float[Array, "B S N P"],
-    Float[Array, "B S R"],
-    Float[Array, "B S N H"],
-]:
-    """Gradients of (q_nope, q_rope, k_nope, k_rope, v), recomputing the probabilities from ``lse``."""
+    operands: Operands, keys: VisibleKeys, results: Results, cotangents: Results, *, scale: float
+) -> Operands:
+    """Gradients of the operands, recomputing the probabilities from ``lse``."""
+    (q_nope, q_rope, k_nope, k_rope, v), (out, lse), (d_out, d_lse) = operands, results, cotangents
     sum_dtype = accumulator(q_nope.dtype)
 
     def some_heads(per_head, per_row):
@@ -98,14 +91,14 @@ def backward(
     d_lse = jnp.where(lse == -jnp.inf, 0.0, d_lse)  # a row without keys has no gradient
     q = jnp.concatenate([q_nope, q_rope], axis=-1)
     per_head = q, _keys(k_nope, k_rope), v, out, lse, d_out, d_lse
-    d_q, d_k, d_v = _map_heads(some_heads, per_head, _present(key_start, key_stop, topk_indices))
+    d_q, d_k, d_v = _map_heads(some_heads, per_head, _present(*keys))
     P = q_nope.shape[-1]
-    return (
-        d_q[..., :P],
-        d_q[..., P:],
-        d_k[..., :P].astype(k_nope.dtype),
-        d_k[..., P:].sum(axis=2).astype(k_rope.dtype),
-        d_v,
+    return Operands(
+        q_nope=d_q[..., :P],
+        q_rope=d_q[..., P:],
+        k_nope=d_k[..., :P].astype(k_nope.dtype),
+        k_rope=d_k[..., P:].sum(axis=2).astype(k_rope.dtype),
+        v=d_v,
     )
 
 
@@ -114,9 +107,10 @@ def _present(*arrays: jax.Array | None) -> tuple[jax.Array, ...]:
 
 
 def _map_heads(function: Callable[..., Any], per_head: tuple[Array, ...], per_row: tuple[Array, ...]) -> Any:
-    """``function(per_head, per_row)``, of all rows and heads at once, or of some heads of one row after the other.
+    """``function(per_head, per_row)`` on all rows and heads at once, or in turn on a few heads of one row.
 
-    per_head: arrays [B . N ...], q and k first; per_row: arrays [B T ...]; results are [B . N ...].
+    per_head: arrays [B . N ...], q and k first; per_row: arrays [B T ...], the same for all heads. Results are
+    [B . N ...].
     """
     (B, T, N, _), S = per_head[0].shape, per_head[1].shape[1]
     wide = min(T, WIDE)
@@ -159,11 +153,11 @@ def _seen(key_start, key_stop, topk_indices, S) -> Bool[Array, "B T S"]:
 
 
 def _keys(k_nope, k_rope) -> Float[Array, "B S N X"]:
-    """Whole keys: one product per block reads and writes the logits once, where two and their sum would thrice."""
+    """Whole keys: one product per block writes the logits once, where two products and their sum would write thrice."""
     rotated = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
     return jnp.concatenate([k_nope, rotated], axis=-1)
 
 
 def _logits(q, k, seen, scale) -> Float[Array, "B N T S"]:
-    """Heads before queries, as a batched product leaves them: no transposition of the largest array."""
+    """Heads before queries, as a batched product leaves them, so that the largest array is never transposed."""
     return jnp.where(seen[:, None], einsum("BTNX,BSNX->BNTS", q, k) * scale, -jnp.inf)

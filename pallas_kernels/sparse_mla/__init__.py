@@ -6,17 +6,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import dispatch, has_kernel, lazy
+from pallas_kernels.dispatch import Implementations, Kernel, dispatch, has_kernel
+from pallas_kernels.hopper.versions import HOPPER_TESTED_JAX
 from pallas_kernels.sparse_mla import xla
+from pallas_kernels.sparse_mla.xla import Operands
 
-_FORWARD = {"xla": xla.forward, "mosaic_gpu": lazy("pallas_kernels.sparse_mla.mosaic_gpu", "forward")}
-_BACKWARD = {"xla": xla.backward}
-_CHECKS = {"mosaic_gpu": lazy("pallas_kernels.sparse_mla.mosaic_gpu", "check")}
+_FORWARD: Implementations = {
+    "xla": xla.forward,
+    "mosaic_gpu": Kernel("pallas_kernels.sparse_mla.mosaic_gpu", "forward", tested=HOPPER_TESTED_JAX),
+}
+_BACKWARD: Implementations = {"xla": xla.backward}
+_CHECKS: Implementations = {
+    "mosaic_gpu": Kernel("pallas_kernels.sparse_mla.mosaic_gpu", "check", tested=HOPPER_TESTED_JAX)
+}
 
 
 def sparse_mla_has_kernel(C: int, R: int, dtype: jnp.dtype, implementation: str | None = None) -> bool:
-    """Whether ``sparse_mla`` with queries of these widths and dtype runs a kernel here, and not XLA."""
-    return has_kernel(_CHECKS, implementation, C, R, dtype)
+    """Whether ``sparse_mla`` runs a kernel here, and not XLA, for queries of these widths and dtype."""
+    return has_kernel("sparse_mla", _CHECKS, implementation, C, R, dtype)
 
 
 def sparse_mla(
@@ -37,14 +44,14 @@ def sparse_mla(
         logits = (q_latent @ latent[i].T + q_rope @ k_rope[i].T) * scale     # [N K]
         out, lse = softmax(logits) @ latent[i], logsumexp(logits)            # [N C], [N]
 
-    An FP8 cache is read as it lies: with ``latent_scale`` the latents are, before all else,
+    An FP8 cache is read in FP8. With ``latent_scale`` the latents are, before all else,
 
         latent = (latent.astype(float32) * repeat(latent_scale, C // G, axis=-1)).astype(q_latent.dtype)
 
     A query without a valid index gives out = 0 and lse = -inf, and gradients of 0. Logits, softmax and
     accumulation are float32. Differentiable (reverse mode) in q_latent, q_rope, latent and k_rope, through
-    ``out`` and ``lse``; gradients of the keys are accumulated in float32. An FP8 cache has no gradient. Each index
-    may occur once a row.
+    ``out`` and ``lse``; gradients of the keys are accumulated in float32. An FP8 cache has no gradient. The indices of
+    a query must be unique, apart from -1 (this is not checked).
 
     Args:
       q_latent: [B T N C] queries absorbed into the latent space (q_nope W_uk).
@@ -54,7 +61,7 @@ def sparse_mla(
       k_rope: [B S R] rotated keys, shared by all heads.
       topk_indices: [B T K] int32, each -1 (no key) or in [0, S); -1 may stand anywhere.
       scale: softmax scale, ``ModelConfig.softmax_scale``.
-      latent_scale: [B S G] float32, one for each C / G values of a latent; DeepSeek's cache has one for 128.
+      latent_scale: [B S G] float32, one scale per C / G values of a latent; DeepSeek's cache has one per 128.
       implementation: see ``pallas_kernels.dispatch``; the gradient is dispatched in the same way.
 
     Returns:
@@ -90,27 +97,30 @@ def sparse_mla(
     if len({x.dtype for x in same.values()}) > 1:
         dtypes = [str(x.dtype) for x in same.values()]
         raise ValueError(f"{', '.join(same)} must have one dtype, got {dtypes}")
-    arrays = (q_latent, q_rope, latent, k_rope, topk_indices)
+    operands = Operands(q_latent, q_rope, latent, k_rope)
     if latent_scale is None:
-        return _attend(scale, implementation, *arrays)
-    return _attend_fp8(scale, implementation, *arrays, latent_scale)
+        return _attend(scale, implementation, operands, topk_indices)
+    return _attend_fp8(scale, implementation, *operands, topk_indices, latent_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale: float, implementation: str | None, *arrays: jax.Array) -> Any:
-    return dispatch("sparse_mla", _FORWARD, implementation, *arrays, scale=scale)
+def _attend(
+    scale: float, implementation: str | None, operands: Operands, topk_indices: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return dispatch("sparse_mla", _FORWARD, implementation, *operands, topk_indices, scale=scale)
 
 
-def _attend_forward(scale: float, implementation: str | None, *arrays: jax.Array) -> Any:
-    out, lse = _attend(scale, implementation, *arrays)
-    return (out, lse), (*arrays, out, lse)
+def _attend_forward(
+    scale: float, implementation: str | None, operands: Operands, topk_indices: jax.Array
+) -> tuple[Any, Any]:
+    results = _attend(scale, implementation, operands, topk_indices)
+    return results, (operands, topk_indices, results)
 
 
 def _attend_backward(scale: float, implementation: str | None, residuals: Any, cotangents: Any) -> Any:
-    gradients = dispatch(
-        "sparse_mla gradient", _BACKWARD, implementation, *residuals, *cotangents, scale=scale
-    )
-    return (*gradients, None)  # topk_indices are integers
+    name = "sparse_mla gradient"
+    gradients = dispatch(name, _BACKWARD, implementation, *residuals, cotangents, scale=scale)
+    return gradients, None  # topk_indices are integers
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

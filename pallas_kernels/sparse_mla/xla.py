@@ -1,5 +1,7 @@
 """sparse_mla with XLA gathers and einsums, one block of queries at a time."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -8,6 +10,18 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.arithmetic import accumulator, einsum, exponentials, probabilities
 from pallas_kernels.blocking import block_size, join_queries, map_query_blocks, split_queries
 from pallas_kernels.keys import gather, scatter_add
+
+
+class Operands(NamedTuple):
+    """What is multiplied, or its gradients."""
+
+    q_latent: Float[Array, "B T N C"]
+    q_rope: Float[Array, "B T N R"]
+    latent: Float[Array, "B S C"]
+    k_rope: Float[Array, "B S R"]
+
+
+Results = tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]  # out and lse, or their cotangents
 
 
 def forward(
@@ -19,7 +33,7 @@ def forward(
     latent_scale: Float[Array, "B S G"] | None = None,
     *,
     scale: float,
-) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
+) -> Results:
     """See ``pallas_kernels.sparse_mla``."""
 
     def attend(q_latent, q_rope, topk_indices):
@@ -37,26 +51,22 @@ def forward(
 
 
 def backward(
-    q_latent: Float[Array, "B T N C"],
-    q_rope: Float[Array, "B T N R"],
-    latent: Float[Array, "B S C"],
-    k_rope: Float[Array, "B S R"],
+    operands: Operands,
     topk_indices: Int[Array, "B T K"],
-    out: Float[Array, "B T N C"],
-    lse: Float[Array, "B T N"],
-    d_out: Float[Array, "B T N C"],
-    d_lse: Float[Array, "B T N"],
+    results: Results,
+    cotangents: Results,
     *,
     scale: float,
-) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N R"], Float[Array, "B S C"], Float[Array, "B S R"]]:
-    """Gradients of (q_latent, q_rope, latent, k_rope), recomputing the probabilities from ``lse``.
+) -> Operands:
+    """Gradients of the operands, recomputing the probabilities from ``lse``.
 
     dlogits = p * (dout . c - dout . out + dlse): the softmax's Jacobian plus the log-sum-exp's.
     """
+    (q_latent, q_rope, latent, k_rope), (out, lse), (d_out, d_lse) = operands, results, cotangents
     T, C, sum_dtype = q_latent.shape[1], q_latent.shape[-1], accumulator(q_latent.dtype)
     keys = jnp.concatenate([latent, k_rope], axis=-1)
-    # Queries above, gradients of the outputs below, of one width: a block gathers its keys once, and each of
-    # them takes one product for logits and d_p, one for its gradient and one scattered addition.
+    # Queries and gradients of the outputs are joined at one width. A block then gathers its keys once, and takes one
+    # product for logits and d_p, one for the keys' gradients and one scattered addition.
     q = jnp.concatenate([q_latent, q_rope], axis=-1)
     d_wide = jnp.pad(d_out, ((0, 0), (0, 0), (0, 0), (0, q_rope.shape[-1])))
     rows = jnp.concatenate([q, d_wide], axis=2)
@@ -78,7 +88,7 @@ def backward(
     xs = tuple(split_queries(x, block) for x in (rows, topk_indices, lse, delta))
     d_keys, d_q = lax.scan(one_block, jnp.zeros(keys.shape, sum_dtype), xs)
     d_q, d_keys = join_queries(d_q, T), d_keys.astype(keys.dtype)
-    return d_q[..., :C], d_q[..., C:], d_keys[..., :C], d_keys[..., C:]
+    return Operands(d_q[..., :C], d_q[..., C:], d_keys[..., :C], d_keys[..., C:])
 
 
 def _queries_per_block(q_latent: jax.Array, q_rope: jax.Array, topk_indices: jax.Array) -> int:

@@ -11,10 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsa_jax.cache import init_cache, place
 from dsa_jax.config import deepseek_v32, tiny
-from dsa_jax.grouped import megablox
 from dsa_jax.mla import Mla, attend, compress
 from dsa_jax.rope import rotation
 from dsa_jax.transformer import Transformer
+from pallas_kernels import grouped_matmul
 
 CHIPS = {"v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
 ALL_CHIPS = CHIPS | {"v6e": "v6e:2x2"}
@@ -76,7 +76,7 @@ def test_experts_compile_for_tpu_and_multiply_each_row_once(chip):
     of = jax.ShapeDtypeStruct
 
     def loss(rows, weights, sizes):
-        return (megablox(rows, weights, sizes).astype(jnp.float32) ** 2).sum()
+        return (grouped_matmul(rows, weights, sizes).astype(jnp.float32) ** 2).sum()
 
     arguments = of((M, D), jnp.bfloat16), of((E, D, F), jnp.bfloat16), of((E,), jnp.int32)
     with jax.default_matmul_precision("highest"):

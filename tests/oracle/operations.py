@@ -1,4 +1,4 @@
-"""The three operations in NumPy float64, written from the equations one query at a time."""
+"""Operations in NumPy float64, written from the equations one query or one row at a time."""
 
 import numpy as np
 
@@ -54,3 +54,13 @@ def sparse_mla(q_latent, q_rope, latent, k_rope, topk_indices, scale):
             lse[b, t] = (np.log(p.sum(axis=1, keepdims=True)) + highest)[:, 0]
             out[b, t] = p / p.sum(axis=1, keepdims=True) @ c
     return out, lse
+
+
+def grouped_matmul(rows, weights, group_sizes, weight_scales=None):
+    """rows[i] @ weights[group of row i]; the scale of weight [x, y] is that of its 128 x 128 block."""
+    rows, weights = np.asarray(rows, np.float64), np.asarray(weights, np.float64)
+    if weight_scales is not None:
+        x, y = np.arange(weights.shape[1]) // 128, np.arange(weights.shape[2]) // 128
+        weights = weights * np.asarray(weight_scales, np.float64)[:, x[:, None], y]
+    groups = np.repeat(np.arange(len(group_sizes)), group_sizes)
+    return np.stack([row @ weights[group] for row, group in zip(rows, groups, strict=False)])

@@ -1,4 +1,4 @@
-"""Argument checks, dispatch, and what one block of queries may hold."""
+"""Argument checks, and what one block of queries may hold."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import blocking
-from pallas_kernels.dispatch import dispatch, lazy
 
 
 def zeros(*shape, dtype=jnp.float32):
@@ -36,41 +35,19 @@ def test_contradicting_arguments_are_refused_with_both_values():
             zeros(1, 4, 2, dtype=jnp.int32),
             scale=1.0,
         )
-
-
-def test_a_name_is_an_order():
-    with pytest.raises(ValueError, match="must be None or one of"):
-        pk.select_topk(zeros(1, 1, 2), 1, implementation="cuda")
-    with pytest.raises(NotImplementedError, match="has no 'mosaic_tpu' implementation yet"):
-        dispatch("operation", {"xla": int}, "mosaic_tpu")
-
-
-def test_none_is_a_wish_and_says_once_why_it_was_not_granted(monkeypatch, caplog):
-    def refuse(x):
-        raise NotImplementedError("only multiples of 64")
-
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for _ in range(2):
-        assert dispatch("an operation", {"xla": abs, "mosaic_gpu": refuse}, None, -3) == 3
-    assert [r.message for r in caplog.records] == [
-        "an operation: using 'xla', because 'mosaic_gpu' cannot: only multiples of 64"
-    ]
-    with pytest.raises(NotImplementedError, match="only multiples of 64"):
-        dispatch("an operation", {"xla": abs, "mosaic_gpu": refuse}, "mosaic_gpu", -3)
-
-
-def test_a_kernel_that_never_ran_on_hardware_runs_only_when_named(monkeypatch, caplog):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr("pallas_kernels.dispatch.UNPROVED", frozenset({("new operation", "mosaic_gpu")}))
-    table = {"xla": abs, "mosaic_gpu": float}
-    assert dispatch("new operation", table, None, -3) == 3
-    assert "is not proved on hardware yet" in caplog.text
-    assert dispatch("new operation", table, "mosaic_gpu", -3) == -3.0
-
-
-def test_what_cannot_be_imported_is_not_implemented_here():
-    with pytest.raises(NotImplementedError, match="no_such_module cannot be imported: No module named"):
-        lazy("pallas_kernels.no_such_module", "forward")(1)
+    with pytest.raises(ValueError, match=r"rows must have shape \(5, 8\).*got \(5, 7\)"):
+        pk.grouped_matmul(zeros(5, 7), zeros(2, 8, 4), zeros(2, dtype=jnp.int32))
+    with pytest.raises(ValueError, match=r"group_sizes must have shape \(2,\).*got \(3,\)"):
+        pk.grouped_matmul(zeros(5, 8), zeros(2, 8, 4), zeros(3, dtype=jnp.int32))
+    with pytest.raises(ValueError, match="go together, got float8_e4m3fn and no weight_scales"):
+        pk.grouped_matmul(zeros(5, 8), zeros(2, 8, 4, dtype=jnp.float8_e4m3fn), zeros(2, dtype=jnp.int32))
+    with pytest.raises(ValueError, match=r"weight_scales must have shape \(2, 2, 1\).*got \(2, 1, 1\)"):
+        pk.grouped_matmul(
+            zeros(5, 200),
+            zeros(2, 200, 4, dtype=jnp.float8_e4m3fn),
+            zeros(2, dtype=jnp.int32),
+            weight_scales=zeros(2, 1, 1),
+        )
 
 
 @pytest.mark.parametrize("n_queries", [1, 3, 4, 5, 8])

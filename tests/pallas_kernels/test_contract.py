@@ -220,3 +220,58 @@ def test_unselected_keys_have_zero_gradient():
     )
     unselected = np.setdiff1d(np.arange(40), np.asarray(indices))
     assert unselected.size and (np.asarray(gradient)[0, unselected] == 0).all()
+
+
+# grouped_matmul
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("sizes", "X", "Y"), [([3, 0, 40, 129], 128, 96), ([0, 700, 1, 0], 200, 136), ([1], 64, 256)]
+)
+def test_grouped_matmul_multiplies_each_row_by_its_groups_matrix(implementation, dtype, sizes, X, Y):
+    rng = np.random.default_rng(sum(sizes))
+    rows, weights = normal(rng, sum(sizes) + 5, X, dtype=dtype), normal(rng, len(sizes), X, Y, dtype=dtype)
+    out = call(pk.grouped_matmul, rows, weights, jnp.asarray(sizes), implementation=implementation)
+    assert out.dtype == dtype and out.shape == (sum(sizes) + 5, Y)  # the last five rows may be anything
+    expected = oracle.grouped_matmul(rows, weights, sizes)
+    assert relative_error(out[: sum(sizes)], expected) < TOLERANCE[dtype]
+
+
+def test_grouped_matmul_scales_fp8_weights_by_block(implementation):
+    rng, sizes, X, Y = np.random.default_rng(8), [30, 0, 20], 200, 300
+    weights = jnp.asarray(rng.standard_normal((3, X, Y)), jnp.float8_e4m3fn)
+    scales = jnp.asarray(rng.uniform(0.5, 2.0, (3, 2, 3)), jnp.float32)
+    rows = normal(rng, sum(sizes), X)
+    options = {"weight_scales": scales, "implementation": implementation}
+    out = call(pk.grouped_matmul, rows, weights, jnp.asarray(sizes), **options)
+    assert relative_error(out, oracle.grouped_matmul(rows, weights, sizes, scales)) < TOLERANCE[jnp.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_matmul_gradients_equal_xla_in_float32(implementation, dtype):
+    rng, sizes = np.random.default_rng(9), jnp.asarray([100, 0, 29])
+    arrays = normal(rng, 129, 128, dtype=dtype), normal(rng, 3, 128, 64, dtype=dtype)
+    cotangent = normal(rng, 129, 64)
+
+    def total(implementation, rows, weights):
+        out = call(pk.grouped_matmul, rows, weights, sizes, implementation=implementation)
+        return (out * cotangent).sum()
+
+    expected = jax.grad(lambda *a: total("xla", *a), (0, 1))(*(x.astype(jnp.float32) for x in arrays))
+    found = jax.grad(lambda *a: total(implementation, *a), (0, 1))(*arrays)
+    assert [x.dtype for x in found] == [dtype, dtype]
+    assert all(relative_error(x, y) < TOLERANCE[dtype] for x, y in zip(found, expected, strict=True))
+    assert (found[1][1] == 0).all()  # of a group without rows
+
+
+def test_grouped_matmul_gradient_equals_finite_differences():
+    with jax.enable_x64(True):
+        rng, sizes = np.random.default_rng(10), jnp.asarray([3, 0, 4])
+        arrays = rng.standard_normal((7, 5)), rng.standard_normal((3, 5, 4))
+
+        def total(rows, weights):
+            out = pk.grouped_matmul(jnp.asarray(rows), jnp.asarray(weights), sizes, implementation="xla")
+            return jnp.sum(jnp.sin(out))
+
+        check_grads(total, arrays, order=1, modes=["rev"], eps=1e-3, rtol=1e-3)

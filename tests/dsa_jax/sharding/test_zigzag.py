@@ -144,6 +144,7 @@ def test_nothing_is_exchanged_where_it_cannot_be_or_does_not_pay():
 def test_it_pays_where_a_kernel_scores(monkeypatch):
     sizes, module = (64, 128, jnp.dtype(jnp.bfloat16)), "pallas_kernels.index_scores.mosaic_gpu"
     assert not index_scores_has_kernel(*sizes)
+    monkeypatch.setenv(dispatch.ANY_JAX_VERSION, "1")
     monkeypatch.setitem(dispatch.PREFERRED, jax.default_backend(), "mosaic_gpu")
     assert not index_scores_has_kernel(*sizes)  # it refuses: this is no GPU
     monkeypatch.setattr(importlib.import_module(module).tc, "require_hopper", lambda: None)

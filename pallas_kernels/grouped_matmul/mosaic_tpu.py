@@ -1,0 +1,70 @@
+"""grouped_matmul by JAX's Pallas kernel for TPU, megablox.
+
+Of XLA's ``lax.ragged_dot`` libtpu 0.0.52 multiplies every row with every group's matrix on v6e and tpu7x; megablox
+multiplies each row once.
+"""
+
+import contextlib
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_matmul.xla import as_matrix
+from pallas_kernels.private_jax import megablox
+
+# Rows, common dimension and columns that the kernel multiplies at once: 8 MB of its memory in bfloat16.
+TILE = (512, 512, 1024)
+FEW_ROWS = 128  # rows of a tile where there are at most TILE[0] of them
+
+
+def grouped_matmul(
+    rows: Float[Array, "M X"],
+    weights: Float[Array, "E X Y"],
+    group_sizes: Int[Array, " E"],
+    weight_scales: Float[Array, "E X_blocks Y_blocks"] | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "M Y"]:
+    """See ``pallas_kernels.grouped_matmul``. The kernel needs whole tiles of rows: zeros are appended."""
+    n_rows = rows.shape[0]
+    rows = jnp.pad(rows, ((0, -n_rows % (TILE[0] if n_rows > TILE[0] else FEW_ROWS)), (0, 0)))
+    weights, group_sizes = as_matrix(weights, weight_scales, rows.dtype), group_sizes.astype(jnp.int32)
+    return _in_kernel(interpret, rows, weights, group_sizes)[:n_rows]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_kernel(interpret, rows, weights, group_sizes):
+    gmm, _ = megablox()
+    with _precision(rows):
+        return gmm(rows, weights, group_sizes, rows.dtype, _tile, interpret=interpret)
+
+
+def _in_kernel_forward(interpret, *inputs):
+    return _in_kernel(interpret, *inputs), inputs
+
+
+def _in_kernel_backward(interpret, inputs, d_out):
+    rows, weights, group_sizes = inputs
+    gmm, tgmm = megablox()
+    options = {"tiling": _tile, "interpret": interpret}
+    with _precision(rows):
+        d_rows = gmm(d_out, weights, group_sizes, rows.dtype, transpose_rhs=True, **options)
+        d_weights = tgmm(rows.T, d_out, group_sizes, weights.dtype, num_actual_groups=len(weights), **options)
+    return d_rows, d_weights, None
+
+
+_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
+
+
+def _precision(rows: Array) -> contextlib.AbstractContextManager[Any]:
+    """The TPU's compiler refuses bfloat16 with jax_default_matmul_precision="highest", which changes nothing for it."""
+    return contextlib.nullcontext() if rows.dtype == jnp.float32 else jax.default_matmul_precision("default")
+
+
+def _tile(m: int, k: int, n: int) -> tuple[int, int, int]:
+    """Of the product [m k] x [k n], and of those for its gradients."""
+    rows, shared, columns = TILE
+    return rows if m % rows == 0 else FEW_ROWS, min(shared, k), min(columns, n)
