@@ -1,15 +1,24 @@
-"""index_kl: how far the indexer is from the attention that it must predict, with the indexer's gradient."""
+"""index_kl: the KL divergence between attention and index scores, with the indexer's gradient."""
 
 import functools
 from typing import Any
 
 import jax
 
-from pallas_kernels.dispatch import dispatch
-from pallas_kernels.index_kl import xla
+from pallas_kernels.dispatch import Implementations, dispatch
+from pallas_kernels.index_kl import dense, selected
+from pallas_kernels.index_kl.dense import DenseAttention
+from pallas_kernels.index_kl.divergence import Indexer
+from pallas_kernels.index_kl.selected import SelectedAttention
 
-_LOSS = {"xla": xla.loss}
-_GRADIENT = {"xla": xla.loss_and_gradients}
+_LOSS: dict[str, Implementations] = {
+    "index_kl_dense": {"xla": dense.loss},
+    "index_kl_selected": {"xla": selected.loss},
+}
+_LOSS_AND_GRADIENTS: dict[str, Implementations] = {
+    "index_kl_dense": {"xla": dense.loss_and_gradients},
+    "index_kl_selected": {"xla": selected.loss_and_gradients},
+}
 
 
 def index_kl_dense(
@@ -28,7 +37,7 @@ def index_kl_dense(
     scale: float,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Warm-up loss: KL between dense attention, summed over heads, and softmax of the index scores.
+    """Index loss (L_I) of the warm-up: KL between dense attention, summed over heads, and softmax of the index scores.
 
     Equivalent to, over the visible keys s of each query t:
 
@@ -37,8 +46,8 @@ def index_kl_dense(
         loss = sum_t token_weights[t] * kl[t]
 
     The exact gradient of a score is ``token_weights[t] * (softmax(I) - p)``, so loss and gradients come
-    from one pass over blocks of queries: nothing of size T x S is alive, forward or backward. Only
-    ``loss`` is differentiable, and only in q, k and weights; everything else is constant, kl too.
+    from one pass over blocks of queries: no array of size T x S exists, forward or backward. Only
+    ``loss`` is differentiable, and only in q, k and weights; kl and everything else is constant.
     A query without a key has kl = 0.
 
     Args:
@@ -70,8 +79,9 @@ def index_kl_dense(
         key_start=(key_start, (B, T)),
         key_stop=(key_stop, (B, T)),
     )
-    queries, keys = (q_nope, q_rope, lse, key_start, key_stop), (k_nope, k_rope)
-    return _index_kl(scale, implementation, q, k, weights, queries, keys, token_weights)
+    attention = DenseAttention(q_nope, q_rope, k_nope, k_rope, lse, key_start, key_stop)
+    options = "index_kl_dense", scale, implementation
+    return _index_kl(*options, Indexer(q, k, weights), attention, token_weights)
 
 
 def index_kl_selected(
@@ -89,10 +99,10 @@ def index_kl_selected(
     scale: float,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Loss of the sparse stage: the same KL, both distributions restricted to the selected keys.
+    """Index loss (L_I) of the sparse stage: the same KL, with both distributions restricted to the selected keys.
 
-    As ``index_kl_dense``, with the keys of each query those that ``topk_indices`` [B T K] lists (-1 = none)
-    and the attention's arrays as ``sparse_mla`` takes and returns them: q_latent [B T N C],
+    As ``index_kl_dense``, except that the keys of each query are those that ``topk_indices`` [B T K] lists
+    (-1 = none), and that the attention's arrays are those that ``sparse_mla`` takes and returns: q_latent [B T N C],
     q_rope [B T N R], latent [B S C], k_rope [B S R], lse [B T N]. Keys outside the selection get no gradient.
 
     Source: DeepSeek-V3.2-Exp report, eq. (4).
@@ -108,8 +118,9 @@ def index_kl_selected(
         k_rope=(k_rope, (B, S, R)),
         topk_indices=(topk_indices, (B, T, topk_indices.shape[-1])),
     )
-    queries, keys = (q_latent, q_rope, lse, topk_indices), (latent, k_rope)
-    return _index_kl(scale, implementation, q, k, weights, queries, keys, token_weights)
+    attention = SelectedAttention(q_latent, q_rope, latent, k_rope, lse, topk_indices)
+    options = "index_kl_selected", scale, implementation
+    return _index_kl(*options, Indexer(q, k, weights), attention, token_weights)
 
 
 def _check_indexer(
@@ -134,20 +145,38 @@ def _check_shapes(q_shape: tuple[int, ...], **expectations: tuple[jax.Array, tup
             raise ValueError(f"{name} must have shape {expected} to match q {q_shape}, got {array.shape}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _index_kl(scale: float, implementation: str | None, *arrays: Any) -> Any:
-    return dispatch("index_kl", _LOSS, implementation, *arrays, scale=scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _index_kl(
+    operation: str,
+    scale: float,
+    implementation: str | None,
+    indexer: Indexer,
+    attention: DenseAttention | SelectedAttention,
+    token_weights: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    table = _LOSS[operation]
+    return dispatch(operation, table, implementation, indexer, attention, token_weights, scale=scale)
 
 
-def _index_kl_forward(scale: float, implementation: str | None, *arrays: Any) -> Any:
-    loss, kl, gradients = dispatch("index_kl gradient", _GRADIENT, implementation, *arrays, scale=scale)
+def _index_kl_forward(
+    operation: str,
+    scale: float,
+    implementation: str | None,
+    indexer: Indexer,
+    attention: DenseAttention | SelectedAttention,
+    token_weights: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], Indexer]:
+    name, table = f"{operation} gradient", _LOSS_AND_GRADIENTS[operation]
+    arrays = indexer, attention, token_weights
+    loss, kl, gradients = dispatch(name, table, implementation, *arrays, scale=scale)
     return (loss, kl), gradients
 
 
-def _index_kl_backward(scale: float, implementation: str | None, gradients: Any, cotangents: Any) -> Any:
+def _index_kl_backward(
+    operation: str, scale: float, implementation: str | None, gradients: Indexer, cotangents: Any
+) -> tuple[Indexer, None, None]:
     d_loss, _ = cotangents
-    d_q, d_k, d_weights = ((d_loss * g).astype(g.dtype) for g in gradients)
-    return d_q, d_k, d_weights, None, None, None
+    return Indexer(*((d_loss * g).astype(g.dtype) for g in gradients)), None, None
 
 
 _index_kl.defvjp(_index_kl_forward, _index_kl_backward)

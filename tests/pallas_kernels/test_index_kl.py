@@ -1,4 +1,4 @@
-"""The indexer's loss: against autodiff of the written-out formula in float64, and against PyTorch's numbers."""
+"""index_kl against autodiff of the written-out formula in float64."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import blocking
-from pallas_kernels.index_kl import xla
+from pallas_kernels.index_kl import dense
 
 SCALE = 0.3
 
@@ -93,7 +93,7 @@ def check_against_autodiff(a, ours, logits, seen):
 @pytest.mark.parametrize("form", ["dense", "selected"])
 def test_loss_and_gradients_equal_autodiff_in_float64(form, block, monkeypatch):
     if block:
-        monkeypatch.setattr("pallas_kernels.index_kl.xla.block_size", lambda *_: block)
+        monkeypatch.setattr("pallas_kernels.index_kl.selected.block_size", lambda *_: block)
         monkeypatch.setattr(blocking, "block_size", lambda *_: block)
     with jax.enable_x64(True):
         a, start, stop, indices = case(np.random.default_rng(0), np.float64)
@@ -109,7 +109,7 @@ def test_few_heads_at_a_time_give_what_all_heads_give(numbers, wide, of_attentio
     """Blocks of 2 or 4 of 11 queries, each with several groups of the 6 heads and of the 4 index heads."""
     B, S = 2, 11
     monkeypatch.setattr(blocking, "WORKSPACE_BYTES", 4 * B * S * 4 * numbers)  # of 4 queries
-    monkeypatch.setattr(xla, "WIDE", wide)
+    monkeypatch.setattr(dense, "WIDE", wide)
     per_query = lambda heads: B * S * 4 * (2 + 2 * heads)  # noqa: E731
     assert blocking.block_of_heads(11, 6, wide, per_query) == of_attention
     assert blocking.block_of_heads(11, 4, wide, per_query) == of_indexer
@@ -123,7 +123,7 @@ def test_few_heads_at_a_time_give_what_all_heads_give(numbers, wide, of_attentio
     [(2**17, 128, (128, 1)), (2**15, 128, (128, 4)), (2**12, 128, (128, 32)), (64, 3, (64, 3))],
 )
 def test_a_block_has_many_queries_however_long_the_row(S, heads, block_of_heads):
-    assert blocking.block_of_heads(S, heads, xla.WIDE, lambda n: S * 4 * (2 + 2 * n)) == block_of_heads
+    assert blocking.block_of_heads(S, heads, dense.WIDE, lambda n: S * 4 * (2 + 2 * n)) == block_of_heads
 
 
 def test_a_silent_indexer_is_uniform():
