@@ -7,14 +7,17 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One measurement: an operation at a shape. Letters as in ``pallas_kernels``."""
+    """One measurement: an operation at a shape.
+
+    Letters as in ``pallas_kernels``. A grouped product has T rows of width D = d_model and E experts of width F.
+    """
 
     operation: str
     name: str
     B: int = 1
     T: int
     S: int
-    dtype: str  # of the index queries and keys; for sparse_mla of the cached latents
+    dtype: str  # of the index queries and keys, for sparse_mla of the cached latents, for grouped_matmul of weights
     mask: str = "full"  # full: every query sees all S keys; causal: query t of T sees (t + 1) * S / T of them
     I: int = 64
     J: int = 128
@@ -24,10 +27,13 @@ class Case:
     R: int = 64
     P: int = 128
     H: int = 128
+    E: int = 256
+    D: int = 7168
+    F: int = 2048
 
     @property
     def tiny(self) -> "Case":
-        """The same case at a size that a CPU does in a moment."""
+        """The same case at a size that takes a CPU a moment."""
         return dataclasses.replace(
             self,
             B=min(self.B, 2),
@@ -38,6 +44,9 @@ class Case:
             N=8,
             C=min(self.C, 128),
             R=min(self.R, 32),
+            E=min(self.E, 4),
+            D=min(self.D, 192),
+            F=min(self.F, 160),
         )
 
     @property
@@ -54,17 +63,19 @@ class Case:
 
     @property
     def work(self) -> Mapping[str, float]:
-        """What the operation needs at least, by the ceiling that limits it.
+        """The least that the operation needs, by the ceiling that limits it.
 
-        Floating-point operations of the matrix products (2 per multiply-add) in the named type, and under "copy"
-        the bytes of the scores that select_topk reads.
+        Under a dtype: floating-point operations of matrix products in it, 2 per multiply-add. Under "copy": the
+        bytes of the scores that select_topk reads.
         """
         queries = self.B * self.T
         scores = Counter({self.dtype: 2.0 * queries * self.visible_keys * self.I * self.J})
         topk = Counter({"copy": 4.0 * queries * self.visible_keys})
         mqa = Counter({"bfloat16": 2.0 * queries * self.chosen_keys * self.N * (2 * self.C + self.R)})
         mha = Counter({"bfloat16": 2.0 * queries * self.visible_keys * self.N * (self.P + self.R + self.H)})
+        grouped = Counter({"bfloat16": 2.0 * queries * self.D * self.F})
         return {
+            "grouped_matmul": grouped,
             "index_scores": scores,
             "select_topk": topk,
             "sparse_mla": mqa,
@@ -102,6 +113,11 @@ def _layer(operation: str, S: int) -> Case:
     )
 
 
+def _grouped(T: int, E: int, dtype: str) -> Case:
+    short = {"float8_e4m3fn": "fp8", "bfloat16": "bf16"}[dtype]
+    return Case(operation="grouped_matmul", name=f"{T} rows, {E} {short} experts", T=T, S=0, E=E, dtype=dtype)
+
+
 K = 1024
 CASES = (
     _scores(4096, 32 * K, "float8_e4m3fn"),
@@ -118,6 +134,8 @@ CASES = (
     _topk(32, 128 * K),
     *(_prefill(S * K) for S in (8, 32, 128)),
     *(_decode(B, dtype) for dtype in ("bfloat16", "float8_e4m3fn") for B in (1, 32, 128)),
+    *(_grouped(T, E, "bfloat16") for T, E in ((32 * K, 256), (4 * K, 32), (256, 256))),
+    *(_grouped(T, 256, "float8_e4m3fn") for T in (32 * K, 256)),
     *(_layer("dsa_attention", S * K) for S in (2, 4, 8, 16, 32, 128)),
     *(_layer("dsa_attention_mha", S * K) for S in (2, 4, 8, 16)),
     *(_layer("dense_attention", S * K) for S in (8, 32, 128)),

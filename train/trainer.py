@@ -18,7 +18,7 @@ from rich.table import Table
 
 from dsa_jax.checkpoint import load_config, load_params
 from dsa_jax.transformer import Transformer
-from pallas_kernels.bench.command import product_rate
+from pallas_kernels.bench.timing import product_rate
 from train.checkpoint import Checkpoints
 from train.config import Run, Stage, to_json
 from train.data.sources import rows_of, training_batches, validation_batches

@@ -1,13 +1,13 @@
 """`python -m pallas_kernels.bench.index_kl_memory [LENGTH ...]`: memory of the index loss at V3.2's sizes.
 
 One layer, one row of T tokens. Compiles loss and gradient for the default device and reads XLA's plan of temporary
-buffers; nothing runs, so lengths that would not fit are answered too. The columns:
+buffers. Nothing runs, so lengths that would not fit are answered too. The columns:
 
     written out   the formula that ``index_kl_dense`` is equivalent to, on all pairs and heads at once
     dense         ``index_kl_dense``
     selected      ``index_kl_selected`` for 512 queries, as many as ``dsa_jax.index_loss`` passes at once
 
-A CPU multiplies bfloat16 by way of float32 copies of whole operands, which a GPU does not need: ``--dtype float32``
+A CPU multiplies bfloat16 through float32 copies of whole operands, which a GPU does not need; ``--dtype float32``
 shows the plan without them.
 """
 
@@ -29,7 +29,7 @@ SELECTED_BLOCK = 512  # query_block of dsa_jax.config
 
 
 def shapes(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of the arguments of ``index_kl_dense``, and of ``index_kl_selected`` where they are others."""
+    """Shapes of the arguments of ``index_kl_dense`` and ``index_kl_selected``, by name."""
     B, T, S, N, dtype = case.B, case.T, case.S, case.N, jnp.dtype(case.dtype)
     of = jax.ShapeDtypeStruct
     return {
@@ -78,7 +78,7 @@ FORMS: dict[str, tuple[Callable[..., tuple[jax.Array, jax.Array]], tuple[str, ..
         ("q_latent", "q_rope", "latent", "k_rope", "lse", "topk_indices", "token_weights"),
     ),
 }
-"""Name -> (function, its arguments behind q, k and weights)."""
+"""Name -> (function, names of its arguments after q, k and weights)."""
 
 
 def temporary_bytes(form: str, case: Case) -> int:
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m pallas_kernels.bench.index_kl_memory", description=__doc__
     )
     parser.add_argument(
-        "lengths", nargs="*", type=int, default=LENGTHS, metavar="LENGTH", help="tokens of a row"
+        "lengths", nargs="*", type=int, default=LENGTHS, metavar="LENGTH", help="tokens per row"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     options = parser.parse_args(arguments)

@@ -19,6 +19,14 @@ def test_it_measures_every_case_of_an_operation_and_writes_them_down(tmp_path, c
     assert names[0] in capsys.readouterr().out
 
 
+def test_grouped_products_are_measured_with_bfloat16_and_fp8_weights(tmp_path):
+    path = tmp_path / "numbers.json"
+    assert bench.main(["grouped_matmul", "--tiny", "--case", "256 rows", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["dtype"] for row in rows] == ["bfloat16", "float8_e4m3fn"]
+    assert all(row["error"]["relative"] < 1e-2 and row["milliseconds"] > 0 for row in rows)
+
+
 def test_a_refused_case_is_listed_with_the_reason(capsys):
     assert bench.main(["index_scores", "--tiny", "--implementation", "mosaic_tpu"]) == 0
     assert "has no 'mosaic_tpu' implementation yet" in capsys.readouterr().out
@@ -51,4 +59,4 @@ def test_the_work_of_a_causal_layer_is_what_its_queries_do():
 def test_an_unknown_operation_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench.main(["matmul"])
-    assert "OPERATION must be of" in capsys.readouterr().err
+    assert "OPERATION must be one of" in capsys.readouterr().err

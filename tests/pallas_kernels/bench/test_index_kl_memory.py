@@ -1,4 +1,4 @@
-"""The memory of the indexer's loss: one function in all forms, and blocks keep it from growing with T x T."""
+"""Memory of the index loss: all forms compute the same function, and blocks keep memory from growing with T x T."""
 
 import functools
 
