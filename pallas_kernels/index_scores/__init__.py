@@ -17,7 +17,7 @@ _CHECKS: Implementations = {
 
 
 def index_scores_has_kernel(I: int, J: int, dtype: jnp.dtype, implementation: str | None = None) -> bool:
-    """Whether ``index_scores`` of queries of these sizes and dtype runs a kernel here, and not XLA."""
+    """Whether ``index_scores`` runs a kernel here, and not XLA, for queries of these sizes and dtype."""
     return has_kernel("index_scores", _CHECKS, implementation, I, J, dtype)
 
 
@@ -40,7 +40,7 @@ def index_scores(
         visible = (key_start[..., None] <= arange(S)) & (arange(S) < key_stop[..., None])
         return jnp.where(visible, scores, -inf)
 
-    The ReLU acts on the bare dot product; the weights are neither normalised nor made positive.
+    The ReLU acts on the unscaled dot product; the weights are neither normalised nor made positive.
     Constant factors (index_head_dim ** -0.5, index_n_heads ** -0.5) and the scales of quantised queries
     are positive, commute with the ReLU and belong in ``weights``. Differentiable in q, k, weights, k_scale.
 

@@ -17,7 +17,7 @@ def index_scores(
     key_stop: Int[Array, "B T"],
     k_scale: Float[Array, "B S"] | None,
 ) -> Float[Array, "B T S"]:
-    """See ``pallas_kernels.index_scores``. Never holds [T S I]: a block holds [block S I]."""
+    """See ``pallas_kernels.index_scores``. Holds dots [block S I] for a block of queries, never [T S I]."""
     if jnp.finfo(q.dtype).bits == 8:  # e4m3 values are exact in bf16, which every backend can multiply
         q, k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
     B, T, I, _ = q.shape

@@ -28,15 +28,15 @@ def select_topk(
         chosen = [s for s in order if scores[s] > -inf and start <= s < stop][:k]
         return sorted(chosen) + [-1] * (k - len(chosen))
 
-    Exact: never a superset at ties, never an approximation, the same on every run; -0.0 equals 0.0 (ReLU
-    makes plateaus of exact zeros, so ties are common). A NaN ranks above every number, so that a broken
-    score is not hidden. Not differentiable: no gradient flows to ``scores``.
+    Exact: no approximation, no extra keys at ties, the same on every run. -0.0 equals 0.0; ties are common, because
+    ReLU makes many scores exactly 0. A NaN ranks above every number, so that a broken score is not hidden.
+    Not differentiable: no gradient flows to ``scores``.
 
     Args:
       scores: [B T S] float32; -inf marks a key that must not be chosen.
       k: how many keys to keep, >= 1; may exceed S.
-      key_start, key_stop: [B T] int32; what lies outside the interval is neither chosen nor need be
-        initialised. None: -inf alone says what is not visible.
+      key_start, key_stop: [B T] int32. Keys outside the interval are not chosen, and their scores may be
+        uninitialised. None: only -inf marks keys that are not visible.
       implementation: see ``pallas_kernels.dispatch``.
 
     Returns:

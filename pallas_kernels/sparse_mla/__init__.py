@@ -22,7 +22,7 @@ _CHECKS: Implementations = {
 
 
 def sparse_mla_has_kernel(C: int, R: int, dtype: jnp.dtype, implementation: str | None = None) -> bool:
-    """Whether ``sparse_mla`` with queries of these widths and dtype runs a kernel here, and not XLA."""
+    """Whether ``sparse_mla`` runs a kernel here, and not XLA, for queries of these widths and dtype."""
     return has_kernel("sparse_mla", _CHECKS, implementation, C, R, dtype)
 
 
