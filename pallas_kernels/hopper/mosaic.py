@@ -57,14 +57,13 @@ if jax.__version_info__ >= (0, 11):  # jax 0.10 has none: there the kernels' che
 
 __all__ = [
     "ACCUMULATOR",
-    "Dim",
     "FragmentedArray",
     "ThreadSubset",
-    "WGMMAAccumulator",
+    "accumulate",
+    "accumulate_rows",
+    "accumulator",
     "arith",
     "bitcast",
-    "create_descriptor",
-    "encode_addr",
     "getelementptr",
     "inline_ptx",
     "ir",
@@ -83,9 +82,6 @@ __all__ = [
     "thread_idx",
     "vector",
     "warpgroup_barrier",
-    "wgmma",
-    "wgmma_fence",
-    "wgmma_m64",
     "when",
     "with_registers",
     "word_array",
@@ -118,3 +114,53 @@ def with_registers(array: FragmentedArray, values: Sequence[ir.Value]) -> Fragme
     """A float array in the layout of ``array``, held by other registers."""
     new = np.array(list(values), dtype=object).reshape(array.registers.shape)
     return FragmentedArray(_registers=new, _layout=array.layout, _is_signed=None)
+
+
+def accumulator(array: FragmentedArray) -> WGMMAAccumulator:
+    """``array``, in the layout ACCUMULATOR, fenced so that products may be added to it."""
+    return WGMMAAccumulator.from_registers(array)
+
+
+def accumulate(acc: WGMMAAccumulator, a: ir.Value | FragmentedArray, b: ir.Value) -> FragmentedArray:
+    """Issues acc += a @ b and returns at once; the result may be read once the wgmma group is waited for."""
+    return wgmma(acc, a, b)._value
+
+
+def accumulate_rows(
+    acc: WGMMAAccumulator, a: ir.Value | FragmentedArray, b: ir.Value, first: int
+) -> FragmentedArray:
+    """The same over 32 of the 64 rows of ``b`` (bfloat16, swizzled): rows ``first`` to ``first + 31``.
+
+    ``a`` is in registers and holds just the 32 columns, or is in shared memory and holds all 64.
+    """
+    array = acc._value
+    n = array.shape[1]
+
+    def descriptor(operand, group_size, logical_k_major):
+        (base, strides), _, fastest = create_descriptor(
+            operand, swizzle=128, large_tile=(64, 64), group_size=group_size, logical_k_major=logical_k_major
+        )
+        stride = strides[1][0]  # bytes from the 16 rows of one instruction to the next 16
+        start = arith.constant(ir.IntegerType.get_signless(64), encode_addr(first // 16 * stride))
+        return llvm.add(base, start, overflow_flags=llvm.IntegerOverflowFlags.none), stride, fastest
+
+    b, b_stride, b_fastest = descriptor(b, (64, n), True)
+    if isinstance(a, FragmentedArray):
+        a, a_stride, a_transpose = wgmma_fence(a), None, None
+    else:
+        a, a_stride, a_fastest = descriptor(a, (64, 64), False)
+        a_transpose = a_fastest != Dim.K
+    new = wgmma_m64(
+        array.registers.copy(),
+        a,
+        b,
+        a_transpose=a_transpose,
+        b_transpose=b_fastest != Dim.K,
+        a_k_stride=a_stride,
+        b_k_stride=b_stride,
+        n=n,
+        swizzle=64,  # here it only says how many instructions of 16 rows are issued: 2
+        a_element_type=ir.BF16Type.get(),
+        b_element_type=ir.BF16Type.get(),
+    )
+    return with_registers(array, new.flat)

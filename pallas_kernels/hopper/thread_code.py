@@ -1,11 +1,8 @@
-"""What one CUDA thread does, for the parts of a Mosaic GPU kernel that Pallas has no words for.
+"""What one CUDA thread does, for the parts of a Mosaic GPU kernel that Pallas cannot express.
 
-Inside ``plgpu.inline_mgpu`` the traced function builds MLIR for every thread of the block. ``Word`` gives
-32-bit registers Python's operators; the functions below are the few instructions that the kernels need:
-shared and global memory, the warp's shuffles and reductions, the block's barrier, branches and loops.
-
-Needs a jaxlib with the NVVM dialect (jax >= 0.11 with its CUDA plugin), so only ``mosaic_gpu`` modules
-import it.
+Inside ``plgpu.inline_mgpu`` the traced function builds the MLIR that every thread of the block runs. ``Word`` gives
+Python's operators to 32-bit registers. The functions are the few instructions that the kernels need: shared and
+global memory, warp shuffles and reductions, named barriers, branches and loops.
 """
 
 from collections.abc import Callable, Sequence
@@ -133,15 +130,15 @@ def block_index() -> Word:
 
 
 def named_barrier(name: Word, threads: int) -> None:
-    """Waits until ``threads`` threads are here; shared memory written before is then visible to all of them.
+    """Waits until ``threads`` threads have arrived; all of them then see the shared memory written before.
 
-    A block has barriers 0 to 15. Barrier 0 is that of the whole block.
+    A block has barriers 0 to 15. Barrier 0 is the whole block's; Mosaic uses 1 to 8, one per warpgroup.
     """
     nvvm.barrier(barrier_id=name.ir, number_of_threads=Word(threads).ir)
 
 
 def shuffle_up(value: Word, distance: int) -> Word:
-    """The value of the lane ``distance`` below (the own value where there is none)."""
+    """The value of the lane ``distance`` below, or its own value where there is none."""
     return Word(nvvm.shfl_sync(Word(FULL_WARP).ir, value.ir, Word(distance).ir, Word(0).ir, nvvm.ShflKind.up))
 
 
@@ -170,7 +167,7 @@ class Address:
         self.ir = value
 
     def plus(self, index: Word, stride: int) -> "Address":
-        """``index`` (signed) times ``stride`` bytes further on."""
+        """The address ``index`` (signed) times ``stride`` bytes further on."""
         stride_ir = arith.constant(i64(), ir.IntegerAttr.get(i64(), stride))
         return Address(arith.addi(self.ir, arith.muli(arith.extsi(i64(), index.ir), stride_ir)))
 
@@ -188,7 +185,7 @@ def load_global(address: Address) -> Word:
 
 
 def load_global_x4(address: Address) -> list[Word]:
-    """Four words at a 16-byte boundary, through the read-only path, not kept in L1."""
+    """Four words from a 16-byte boundary, by the read-only path and without L1."""
     text = "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];"
     return [Word(value) for value in ptx(text, address.ir, returns=[i32()] * 4)]
 
@@ -225,12 +222,12 @@ def ptx(
     returns: ir.Type | Sequence[ir.Type] | None = None,
     has_side_effects: bool = True,
 ) -> Any:
-    """Inline PTX; $0.. are the results, then the arguments. With side effects it stays where it stands."""
+    """Inline PTX: $0, $1, ... are first the results, then the arguments. With side effects it is not moved."""
     return mosaic.inline_ptx(text, *args, result_types=returns, has_side_effects=has_side_effects)
 
 
 def ptx_in_place(text: str, values: Sequence[ir.Value], constraints: str) -> list[ir.Value]:
-    """Inline PTX that may change registers where they are."""
+    """Inline PTX that updates its operands in place."""
     types = [value.type for value in values]
     struct = llvm.StructType.get_literal(types)
     result = llvm.inline_asm(struct, list(values), text, constraints, has_side_effects=True, asm_dialect=0)
@@ -247,7 +244,7 @@ def _unwrap(values: Sequence[Word]) -> list[ir.Value]:
 def branch(
     condition: Flag, yes: Callable[[], Sequence[Word]], no: Callable[[], Sequence[Word]], count: int
 ) -> list[Word]:
-    """The ``count`` Words of ``yes()`` or of ``no()``; only one of them runs."""
+    """The ``count`` Words that ``yes()`` or ``no()`` returns; only one of them runs."""
     operation = scf.IfOp(condition.ir, [i32()] * count, has_else=True)
     for block, values in ((operation.then_block, yes), (operation.else_block, no)):
         with ir.InsertionPoint(block):
@@ -256,7 +253,7 @@ def branch(
 
 
 def when(condition: Flag):
-    """Context manager: its body runs where the condition holds."""
+    """Context manager whose body runs where the condition holds."""
     return mosaic.when(condition.ir)
 
 

@@ -1,63 +1,59 @@
-"""The producer of the sparse_mla kernel for an FP8 cache: rows become bfloat16 on their way to shared memory.
+"""The steps of the sparse_mla kernel for an FP8 cache: rows become bfloat16 on their way to shared memory.
 
-Hopper has no conversion from e4m3 to bfloat16: a value goes to float16 (exactly), to float32, is multiplied by
-its scale and rounded once. A thread converts 32 values at a time, from registers, and has the next 64 on the way
-from memory meanwhile. The rotated columns are bfloat16 in the cache and are copied as they are.
+Hopper cannot convert e4m3 to bfloat16. A value becomes float16 (exactly), then float32, is multiplied by its scale
+and rounded once. A thread converts 32 values at a time in registers, while the next 64 are on their way from memory.
+The rotated columns are bfloat16 in the cache and are copied as they are.
 """
 
 import jax.numpy as jnp
 
 from pallas_kernels.hopper import mosaic
 from pallas_kernels.hopper import thread_code as tc
-from pallas_kernels.hopper.mosaic import arith, ir, nvvm, pl, plgpu, words
+from pallas_kernels.hopper.mosaic import arith, ir, nvvm, plgpu, words
 from pallas_kernels.hopper.thread_code import Word
-from pallas_kernels.sparse_mla.mosaic_gpu_steps import (
-    HALF,
+from pallas_kernels.sparse_mla.mosaic_gpu_hardware import Hardware, barrier_at
+from pallas_kernels.sparse_mla.mosaic_gpu_plan import (
     LATENT,
+    N_GROUPS,
     NO_KEY,
     ROPE,
     ROW_GROUP_BYTES,
+    SCALE_BLOCK,
     TILE_BYTES,
     TRANSFORMS,
-    Hardware,
-    Interpreted,
-    barrier_at,
 )
 
-SCALE_BLOCK = 128  # values that share a scale, as in DeepSeek's cache: the columns of one group
-N_SCALES = LATENT // SCALE_BLOCK
-# (slot, group, half of its rows) of the steps in which a pair is converted.
-ORDER = [(slot, group, half) for slot in range(2) for group in range(N_SCALES) for half in range(2)]
-STEP_WORDS = 8 + 1  # of a thread: two chunks of one row, and their scale
+# A pair is converted in steps: (slot, group of tiles, half of the slot's rows). A group's columns share a scale.
+ORDER = [(slot, group, half) for slot in range(2) for group in range(N_GROUPS) for half in range(2)]
+STEP_WORDS = 8 + 1  # per thread: two chunks of one row, and their scale
 AHEAD = 2  # steps between reading and converting
 
 
 class HardwareFp8(Hardware):
     """Thread 4 r + c takes the 16-byte chunk c of every 64 columns of the keys r and r + 32 of a slot.
 
-    A chunk becomes two, 2c and 2c + 1, of a tile row. Eight neighbouring threads then store to two rows of
-    different parity: to eight different chunks after the swizzle, hence to all banks.
+    Converted, it becomes the chunks 2c and 2c + 1 of a tile row. Eight neighbouring threads store to an even and an
+    odd row, after the swizzle to eight different chunks, hence to all banks.
     """
 
     threads_per_row = 4
-    arrivals = (128, 128, 128, 128 + 128)  # the last group has its conversions and the copies of k_rope
+    # At the barrier of each group of tiles: one per thread; at the last, also one for the thread's copies of k_rope.
+    arrivals = (128, 128, 128, 128 + 128)
 
-    @staticmethod
-    def prefetch(found, sources):
+    def prefetch(self, found, sources):
         return tuple(_fetch(found, step, sources) for step in range(AHEAD))
 
-    @staticmethod
-    def gather(found, following, ahead, sources, wait_free, keys, no_key, ready, arrived):
+    def gather(self, scratch, sources, found, following, ahead, wait_free):
         for step, (slot, group, half) in enumerate(ORDER):
             later = step + AHEAD
             fetched = _fetch(found if later < len(ORDER) else following, later % len(ORDER), sources)
             if half == 0 and group % 2 == 0:
                 wait_free(slot, group // 2)
             if half == 0 and group == 0:
-                _store_no_key(found, slot, no_key)
+                _store_no_key(scratch, found, slot)
             if half == 0 and group == 2:
-                _copy_k_rope(found, slot, sources[2], keys, ready)
-            _convert(ahead[0], step, keys, ready)
+                _copy_k_rope(scratch, sources, found, slot)
+            _convert(scratch, ahead[0], step)
             ahead = (*ahead[1:], fetched)
         return ahead
 
@@ -73,7 +69,7 @@ def _fetch(found, step, sources):
     def fetch(ctx, found, latent, scale):
         index = _indices(found, slot)[half]
         source = tc.global_address(latent).plus(tc.thread_index() % 4, 16).plus(index, LATENT)
-        of_scale = tc.global_address(scale).plus(index, 4 * N_SCALES)
+        of_scale = tc.global_address(scale).plus(index, 4 * N_GROUPS)
         policy = tc.ptx("createpolicy.fractional.L2::evict_last.b64 $0, 1.0;", returns=tc.i64())
         fetched = []
         for tile in range(2):
@@ -91,15 +87,15 @@ def _fetch(found, step, sources):
         fetched.append(tc.ptx(text, of_scale.ir, index.ir, returns=tc.i32()))
         return mosaic.word_array(fetched)
 
-    return fetch(found, sources[0], sources[1])
+    return fetch(found, sources.latent, sources.scale)
 
 
-def _convert(fetched, step, keys, ready):
-    """Writes what the step fetched, times its scale, to keys; the second half of a group says that it is there."""
+def _convert(scratch, fetched, step):
+    """Writes what the step fetched, times its scale, to keys; after a group's second half, signals its arrival."""
     slot, group, half = ORDER[step]
 
     @plgpu.inline_mgpu(arg_types=(words(STEP_WORDS), plgpu.RefType(TRANSFORMS), plgpu.RefType()))
-    def convert(ctx, fetched, keys, ready):
+    def convert(ctx, fetched, keys, rows_ready):
         row, chunk = _row_and_chunk()
         values = [tc.lane_of(register, 0) for register in mosaic.registers(fetched)]
         target = _in_tile(keys, row) ^ ((chunk * 2 ^ row % 8) * 16)
@@ -110,12 +106,14 @@ def _convert(fetched, step, keys, ready):
             tc.ptx(text, (target ^ (16 * (i % 2))).ir, *converted)
         if half == 1:
             nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
-            tc.ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", barrier_at(ready, N_SCALES * slot + group))
+            tc.ptx(
+                "mbarrier.arrive.shared::cta.b64 _, [$0];", barrier_at(rows_ready, N_GROUPS * slot + group)
+            )
 
-    convert(fetched, keys.at[slot], ready)
+    convert(fetched, scratch.keys.at[slot], scratch.rows_ready)
 
 
-def _store_no_key(found, slot, no_key):
+def _store_no_key(scratch, found, slot):
     """Marks the slot's missing keys. Visible to the consumers when this thread arrives at group 0's barrier."""
 
     @plgpu.inline_mgpu(arg_types=(words(4), plgpu.RefType()))
@@ -127,7 +125,7 @@ def _store_no_key(found, slot, no_key):
                 value = arith.select(index.signed_less(0).ir, no_key_value, zero)
                 tc.store_shared(tc.shared_address(no_key) + row * 4, tc.float_bits(value), 4 * 32 * i)
 
-    store(found, no_key.at[slot])
+    store(found, scratch.no_key.at[slot])
 
 
 def _bfloat16_of_e4m3(word, scale):
@@ -154,11 +152,11 @@ def _bfloat16_of_e4m3(word, scale):
     return tc.ptx(text, word, scale, returns=[tc.i32()] * 2)
 
 
-def _copy_k_rope(found, slot, k_rope, keys, ready):
+def _copy_k_rope(scratch, sources, found, slot):
     """Starts copying the rotated columns, as ``Hardware`` copies everything."""
 
     @plgpu.inline_mgpu(arg_types=(words(4), plgpu.RefType(), plgpu.RefType(TRANSFORMS), plgpu.RefType()))
-    def copy(ctx, found, k_rope, keys, ready):
+    def copy(ctx, found, k_rope, keys, rows_ready):
         row, chunk = _row_and_chunk()
         target = _in_tile(keys, row) ^ ((chunk ^ row % 8) * 16)
         k_rope = tc.global_address(k_rope).plus(chunk, 16)
@@ -173,9 +171,12 @@ def _copy_k_rope(found, slot, k_rope, keys, ready):
                     source.ir,
                     size.ir,
                 )
-        tc.ptx("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", barrier_at(ready, N_SCALES * slot + 3))
+        tc.ptx(
+            "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];",
+            barrier_at(rows_ready, N_GROUPS * slot + 3),
+        )
 
-    copy(found, k_rope, keys.at[slot], ready)
+    copy(found, sources.k_rope, scratch.keys.at[slot], scratch.rows_ready)
 
 
 def _indices(found, slot):
@@ -190,12 +191,3 @@ def _row_and_chunk():
 def _in_tile(keys, row):
     """Address of the row's first chunk in the first of its tiles."""
     return tc.shared_address(keys) + (row // 8 * ROW_GROUP_BYTES + row % 8 * 128)
-
-
-class InterpretedFp8(Interpreted):
-    @staticmethod
-    def latent(sources, row, part):
-        latent, scale = sources[:2]
-        values = latent[row, pl.ds(part * HALF, HALF)].astype(jnp.float32)
-        scales = jnp.repeat(scale[row, pl.ds(2 * part, 2)], SCALE_BLOCK, axis=1)
-        return (values * scales).astype(jnp.bfloat16)

@@ -1,8 +1,8 @@
-"""A stand-in for pallas_kernels.hopper.thread_code that runs on CPU: all threads of one block in step, in NumPy.
+"""Replaces pallas_kernels.hopper.thread_code on CPU: all threads of one block in lockstep, in NumPy.
 
-It checks what a GPU would not say: that every access to global memory stays inside its array, and that no two
-threads touch one word of shared memory between two barriers of their team unless both read it or both add to it.
-What it cannot show is a branch that only some threads of a warp take before a barrier.
+It checks what a GPU would not report. Every access to global memory must stay inside its array. No two threads may
+touch the same word of shared memory between two barriers of their team, unless both read it or both add to it. It
+cannot detect a branch that only some threads of a warp take before a barrier.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from pallas_kernels.hopper import thread_code
 
 
 class Block:
-    """The block that is running: its number, its threads, which of them are active, and their barriers."""
+    """The running block: its index, which threads are active, and how many barriers each has passed."""
 
     index = 0
     active = np.ones(1, bool)
-    epoch = np.zeros(1, np.int64)  # barriers passed, per thread
+    epoch = np.zeros(1, np.int64)  # barriers passed by each thread
 
 
 def start_block(index: int, threads: int) -> None:
@@ -117,7 +117,7 @@ def block_index():
 
 def named_barrier(name: Word, threads: int) -> None:
     teams = Block.active.reshape(-1, threads)
-    assert (teams.all(axis=1) | ~teams.any(axis=1)).all(), "a barrier that only a part of the team reaches"
+    assert (teams.all(axis=1) | ~teams.any(axis=1)).all(), "a barrier that only some threads of a team reach"
     Block.epoch[Block.active] += 1
 
 
@@ -138,7 +138,7 @@ def warp_prefix_sum(value, lane):
 
 
 class SharedMemory:
-    """One address space of words, with the last reader and writer of each word."""
+    """A block's shared memory, with the last reader and writer of each word."""
 
     def __init__(self):
         self.words = np.zeros(58_112, np.uint32)  # 227 KiB
@@ -231,7 +231,7 @@ def global_address(ref: np.ndarray):
 
 
 def _words(address) -> np.ndarray:
-    """Where active threads point to; others point to the first word."""
+    """The word that each active thread addresses, and 0 for the others."""
     words = np.where(Block.active, address.offset >> 2, 0)
     assert (words >= 0).all() and (words < address.ref.size).all(), "outside the array"
     return words
@@ -295,7 +295,7 @@ COMPARE = {"gt": np.greater, "eq": np.equal, "ne": np.not_equal, "lt": np.less}
 
 
 def ptx(text: str, *args, returns=None, has_side_effects=True):
-    """Runs the few PTX instructions that the kernel uses."""
+    """Interprets the few PTX instructions that the kernel uses."""
     n_results = len(returns) if isinstance(returns, list) else int(returns is not None)
     registers = {f"${n_results + i}": _array(arg) for i, arg in enumerate(args)}
 

@@ -95,7 +95,8 @@ def main(target: str) -> int:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_device(jax.devices("cpu")[0]):
         function, shapes = getattr(importlib.import_module(module), name)()
         sharding = NamedSharding(mesh, PartitionSpec())
-        arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in shapes]
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+        arguments = jax.tree.map(place, shapes)
         jax.jit(function).lower(*arguments).compile()
     return 0
 

@@ -1,4 +1,4 @@
-"""The Hopper kernel of index_scores: its pipeline in the interpreter, compilation, numbers on a GPU."""
+"""The Hopper kernel of index_scores: the interpreted pipeline, compilation, accuracy on a GPU."""
 
 import functools
 
@@ -49,7 +49,7 @@ def test_the_pipeline_in_the_interpreter_equals_xla():
 
     inputs = make_inputs(1, 6, 200, 64, jnp.bfloat16)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        scores = mosaic_gpu._run(*inputs, n_blocks=2, chunk=1, interpret=True)
+        scores = mosaic_gpu.run(*inputs, n_blocks=2, chunk=1, interpret=True)
     same(scores, inputs)
 
 
@@ -69,11 +69,11 @@ def shapes(dtype, has_scale):
 
 
 def fp8_kernel():
-    return functools.partial(mosaic_gpu._run, n_blocks=132), shapes(jnp.float8_e4m3fn, True)
+    return functools.partial(mosaic_gpu.run, n_blocks=132), shapes(jnp.float8_e4m3fn, True)
 
 
 def bf16_kernel():
-    return lambda *x: mosaic_gpu._run(*x, None, n_blocks=132), shapes(jnp.bfloat16, False)
+    return lambda *x: mosaic_gpu.run(*x, None, n_blocks=132), shapes(jnp.bfloat16, False)
 
 
 @pytest.mark.parametrize("kernel", ["fp8_kernel", "bf16_kernel"])
@@ -99,7 +99,7 @@ def test_it_equals_xla_in_float32(dtype, has_scale, B, T, S, I):
 
 @on_gpu
 @pytest.mark.gpu
-def test_it_is_the_same_on_every_run():
+def test_runs_are_bitwise_equal():
     inputs = make_inputs(1, 300, 9000, 64, jnp.float8_e4m3fn)
     run = jax.jit(lambda *x: pk.index_scores(*x[:5], k_scale=x[5], implementation="mosaic_gpu"))
     first = run(*inputs)
@@ -108,7 +108,7 @@ def test_it_is_the_same_on_every_run():
 
 @on_gpu
 @pytest.mark.gpu
-def test_its_gradients_are_those_of_xla():
+def test_gradients_equal_those_of_xla():
     q, k, weights, start, stop, _ = make_inputs(1, 6, 50, 64, jnp.bfloat16)
 
     def total(implementation, q, k, weights):
@@ -132,7 +132,7 @@ def test_contract_mistakes_are_reported_before_the_device():
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs a machine without a Hopper GPU")
-def test_elsewhere_it_refuses_and_says_why():
+def test_other_devices_are_refused_with_a_reason():
     inputs = make_inputs(1, 2, 3, 64, jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="need jax 0.11|run on Hopper GPUs"):
         pk.index_scores(*inputs[:5], implementation="mosaic_gpu")

@@ -1,6 +1,6 @@
-"""The Hopper kernel of select_topk: its logic thread by thread on CPU, its compilation, exactness on a GPU.
+"""The Hopper kernel of select_topk: simulated threads on CPU, compilation, exactness on a GPU.
 
-Pallas's interpreter cannot run the kernel, which is inline code throughout; ``simulated_threads`` can.
+Pallas's interpreter cannot run this kernel, which is all inline code; ``simulated_threads`` can.
 """
 
 import jax
@@ -9,25 +9,35 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels.select_topk import mosaic_gpu
+from pallas_kernels.select_topk import mosaic_gpu_kernel
+from pallas_kernels.select_topk.mosaic_gpu_kernel import (
+    ONE_ROW,
+    TWO_ROWS,
+    Inputs,
+    Plan,
+    Scratch,
+    Team,
+    build,
+    scratch_words,
+)
 from tests.pallas_kernels import simulated_threads, sm90a
 
 ON_GPU = jax.default_backend() == "gpu"
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a Hopper GPU")
 
 
-def kernel(rows, shape):
-    bounds = [jax.ShapeDtypeStruct((rows,), jnp.int32)] * 2
+def kernel(rows, teams):
+    bound = jax.ShapeDtypeStruct((rows,), jnp.int32)
     scores = jax.ShapeDtypeStruct((rows * 32768,), jnp.float32)
-    return mosaic_gpu._kernel(rows, 32768, 2048, True, shape, 132), [scores, *bounds]
+    return build(Plan(rows, 32768, 2048, teams, 132)), [Inputs(scores, bound, bound)]
 
 
 def one_row_kernel():
-    return kernel(32, mosaic_gpu.ONE_ROW)
+    return kernel(32, ONE_ROW)
 
 
 def two_row_kernel():
-    return kernel(4096, mosaic_gpu.TWO_ROWS)
+    return kernel(4096, TWO_ROWS)
 
 
 @pytest.mark.parametrize(("name", "spills"), [("one_row_kernel", 0), ("two_row_kernel", 64)])
@@ -37,7 +47,7 @@ def test_it_compiles_for_hopper_with_few_spills(name, spills):
 
 
 def stable_sort(scores, k, start=None, stop=None):
-    """The contract, for rows that may hold NaN."""
+    """The expected result, also for rows that contain NaN."""
     chosen = np.full((*scores.shape[:2], k), -1, np.int32)
     for row in np.ndindex(scores.shape[:2]):
         keys = np.arange(scores.shape[2])
@@ -53,7 +63,7 @@ def stable_sort(scores, k, start=None, stop=None):
 
 
 def hard_rows(S, rng):
-    """Rows that break selections: plateaus, signed zeros, no key, rising and falling, NaN, steps."""
+    """Rows that break selections: plateaus, signed zeros, no keys, sorted rows, NaN, steps."""
     x = rng.standard_normal((16, S)).astype(np.float32)
     x[1] = 0.0
     x[2] = np.maximum(x[2], 0.0)
@@ -73,45 +83,43 @@ def hard_rows(S, rng):
     return x
 
 
-def simulate(scores, k, start, stop, shape, n_blocks):
-    rows, S = scores.shape
-    out = np.full((rows, k), -7, np.int32)
-    flat = np.pad(scores.reshape(-1), (0, -scores.size % 4))
-    bounds = () if start is None else (start, stop)
+def simulate(scores, k, start, stop, teams, n_blocks):
+    plan = Plan(*scores.shape, k, teams, n_blocks)
+    out = np.full((plan.rows, k), -7, np.int32)
+    inputs = Inputs(np.pad(scores.reshape(-1), (0, -scores.size % 4)), start, stop)
     for block in range(n_blocks):
-        simulated_threads.start_block(block, shape.teams * shape.threads)
+        simulated_threads.start_block(block, teams.count * teams.threads)
         memory = simulated_threads.SharedMemory()
         simulated_threads.MEMORY[:] = [memory]
-        sizes = (2 * shape.per_thread(k) * shape.threads, mosaic_gpu.BINS, 5 * 32)
-        shared = [memory.allocate(shape.teams * size) for size in sizes]
-        mosaic_gpu._Team(flat, bounds, out, *shared, rows, S, k, shape, n_blocks).select()
+        scratch = Scratch(*(memory.allocate(words) for words in scratch_words(plan)))
+        Team(plan, inputs, out, scratch).select()
     return out
 
 
 @pytest.fixture
 def on_simulated_threads(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "tc", simulated_threads)
-    monkeypatch.setattr(mosaic_gpu, "Word", simulated_threads.Word)
+    monkeypatch.setattr(mosaic_gpu_kernel, "tc", simulated_threads)
+    monkeypatch.setattr(mosaic_gpu_kernel, "Word", simulated_threads.Word)
 
 
-@pytest.mark.parametrize("shape", [mosaic_gpu.ONE_ROW, mosaic_gpu.TWO_ROWS])
+@pytest.mark.parametrize("teams", [ONE_ROW, TWO_ROWS])
 @pytest.mark.parametrize(("S", "k"), [(131, 16), (131, 500), (9001, 2048), (13001, 512)])
-def test_the_code_of_its_threads_equals_a_stable_sort(on_simulated_threads, shape, S, k):
+def test_the_code_of_its_threads_equals_a_stable_sort(on_simulated_threads, teams, S, k):
     rng = np.random.default_rng(S + k)
     scores = hard_rows(S, rng)
-    np.testing.assert_array_equal(simulate(scores, k, None, None, shape, 3), stable_sort(scores[None], k)[0])
+    np.testing.assert_array_equal(simulate(scores, k, None, None, teams, 3), stable_sort(scores[None], k)[0])
     start = rng.integers(0, max(S // 2, 1), 16).astype(np.int32)
     stop = np.minimum(start + rng.integers(0, S + 1, 16), S).astype(np.int32)
     stop[0], stop[2:4], start[2:4] = start[0], S, 0
     expected = stable_sort(scores[None], k, start[None], stop[None])[0]
     scores[(np.arange(S) < start[:, None]) | (np.arange(S) >= stop[:, None])] = np.inf
-    np.testing.assert_array_equal(simulate(scores, k, start, stop, shape, 3), expected)
+    np.testing.assert_array_equal(simulate(scores, k, start, stop, teams, 3), expected)
 
 
 def test_the_simulation_sees_a_missing_barrier(on_simulated_threads, monkeypatch):
     monkeypatch.setattr(simulated_threads, "named_barrier", lambda name, threads: None)
     with pytest.raises(AssertionError, match="race"):
-        simulate(hard_rows(9001, np.random.default_rng(0)), 2048, None, None, mosaic_gpu.TWO_ROWS, 1)
+        simulate(hard_rows(9001, np.random.default_rng(0)), 2048, None, None, TWO_ROWS, 1)
 
 
 @on_gpu
@@ -146,12 +154,12 @@ def test_rows_beyond_shared_memory():
     np.testing.assert_array_equal(result, pk.select_topk(scores, 2048, implementation="xla"))
 
 
-def test_what_it_cannot_do_it_refuses():
+def test_unsupported_arguments_are_refused():
     with pytest.raises(NotImplementedError, match="at most 4096 keys"):
         pk.select_topk(jnp.zeros((1, 1, 5000)), 4097, implementation="mosaic_gpu")
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs a machine without a Hopper GPU")
-def test_elsewhere_it_refuses_and_says_why():
+def test_other_devices_are_refused_with_a_reason():
     with pytest.raises(NotImplementedError, match="need jax 0.11|run on Hopper GPUs"):
         pk.select_topk(jnp.zeros((1, 1, 5)), 2, implementation="mosaic_gpu")

@@ -1,4 +1,4 @@
-"""The Hopper kernel of sparse_mla: its pipeline in the interpreter, compilation, numbers on a GPU."""
+"""The Hopper kernel of sparse_mla: the interpreted pipeline, compilation, accuracy on a GPU."""
 
 import functools
 import re
@@ -11,6 +11,8 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels.sparse_mla import mosaic_gpu, xla
+from pallas_kernels.sparse_mla.mosaic_gpu_kernel import build
+from pallas_kernels.sparse_mla.mosaic_gpu_plan import Inputs, Plan, split_keys
 from tests.pallas_kernels import sm90a
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -19,7 +21,7 @@ SCALE = 576**-0.5
 
 
 def make_inputs(B, T, N, S, K, seed=0):
-    """Random rows without repeated keys; -1 anywhere, a row without keys and one whose only key comes last."""
+    """Random rows without repeated keys; -1 anywhere, one row without keys, one whose only key comes last."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)  # noqa: E731
     keys = np.full((B, T, K), -1, np.int32)
@@ -37,7 +39,7 @@ def make_inputs(B, T, N, S, K, seed=0):
 
 
 def quantized(inputs, seed=1):
-    """The same inputs with an FP8 cache whose scales are no powers of two: (inputs, keyword arguments)."""
+    """The same inputs with an FP8 cache whose scales are not powers of two: (inputs, keyword arguments)."""
     rng = np.random.default_rng(seed)
     q_latent, q_rope, latent, *others = inputs
     blocks = np.asarray(latent, np.float32).reshape(*latent.shape[:2], 4, 128)
@@ -85,11 +87,16 @@ def kernel(T, n_splits, pairs, fp8=False):
     """The function and shapes of V3.2's attention, T queries over 32K keys, for ``sm90a``."""
     S, N, K = 32768, 128, 2048
     shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
-    function = mosaic_gpu._kernel(1, T, N, K, n_splits, pairs, SCALE, fp8, 132, False)
-    queries = shape(T, N, 512), shape(T, N, 64)
-    latent = shape(1, S, 512, dtype=jnp.float8_e4m3fn if fp8 else jnp.bfloat16)
-    scales = [shape(1, S, 4, dtype=jnp.float32)] if fp8 else []
-    return function, [*queries, shape(T, K, dtype=jnp.int32), latent, *scales, shape(1, S, 64)]
+    function = build(Plan(1, T, N, K, n_splits, pairs, SCALE, fp8, n_multiprocessors=132))
+    inputs = Inputs(
+        q_latent=shape(T, N, 512),
+        q_rope=shape(T, N, 64),
+        indices=shape(T, K, dtype=jnp.int32),
+        latent=shape(1, S, 512, dtype=jnp.float8_e4m3fn if fp8 else jnp.bfloat16),
+        latent_scale=shape(1, S, 4, dtype=jnp.float32) if fp8 else None,
+        k_rope=shape(1, S, 64),
+    )
+    return function, [inputs]
 
 
 prefill_kernel = functools.partial(kernel, 4096, 1, 16)
@@ -102,9 +109,9 @@ KERNELS = ["prefill_kernel", "decode_kernel", "fp8_kernel", "fp8_split_kernel"]
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_it_compiles_for_hopper_with_next_to_no_spills(name):
+def test_it_compiles_for_hopper_with_at_most_two_spilled_words(name):
     (used,) = sm90a.resources(f"{__name__}:{name}")
-    # jax 0.12 spills two words in fp8_split_kernel, jax 0.11 none
+    # jax 0.12 spills two words of fp8_split_kernel, jax 0.11 none
     assert used["registers"] * 3 * 128 <= sm90a.REGISTER_FILE and used["spills"] <= 8, used
 
 
@@ -117,13 +124,13 @@ def test_no_asynchronous_copy_has_an_address_that_hopper_refuses(name):
     assert not refused, refused
 
 
-@pytest.mark.parametrize("tiles", [1, 2, 7, 64, 128, 131, 132, 133, 256, 8192])
+@pytest.mark.parametrize("items", [1, 2, 7, 64, 128, 131, 132, 133, 256, 8192])
 @pytest.mark.parametrize("pairs", [1, 2, 15, 16, 17])
-def test_splits_cover_the_keys_and_only_few_queries_are_split(tiles, pairs):
-    n_splits, per_split = mosaic_gpu._split(tiles, pairs, 132)
+def test_splits_cover_the_keys_and_only_small_batches_are_split(items, pairs):
+    n_splits, per_split = split_keys(items, pairs, 132)
     assert (n_splits - 1) * per_split < pairs <= n_splits * per_split
-    assert n_splits == 1 or tiles * n_splits <= 2 * 132
-    if tiles == 1:
+    assert n_splits == 1 or items * n_splits <= 2 * 132
+    if items == 1:
         assert per_split == 1  # one query uses as many multiprocessors as it has pairs
 
 
@@ -216,7 +223,7 @@ def test_a_maximum_that_keeps_rising_is_followed():
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs a machine without a Hopper GPU")
-def test_elsewhere_it_refuses_and_says_why():
+def test_other_devices_are_refused_with_a_reason():
     inputs = make_inputs(1, 1, 64, 10, 5)
     with pytest.raises(NotImplementedError, match="need jax 0.11|run on Hopper GPUs"):
         pk.sparse_mla(*inputs, scale=SCALE, implementation="mosaic_gpu")
@@ -242,5 +249,5 @@ def test_other_widths_and_types_are_refused():
     with pytest.raises(NotImplementedError, match="multiplies bfloat16, got float32"):
         run(*(x.astype(jnp.float32) for x in inputs[:4]), inputs[4])
     inputs, options = quantized(inputs)
-    with pytest.raises(NotImplementedError, match="one scale for 128 values, got 2 for 512"):
+    with pytest.raises(NotImplementedError, match="one scale per 128 values, got 2 for 512"):
         run(*inputs, latent_scale=options["latent_scale"][..., :2])
