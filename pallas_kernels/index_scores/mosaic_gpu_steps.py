@@ -28,7 +28,7 @@ from pallas_kernels.index_scores.mosaic_gpu_plan import (
 )
 
 NEG_INF_BITS = 0xFF800000
-_SPLAT = plgpu.Layout.WG_SPLAT
+_SPLAT = plgpu.Layout.WG_SPLAT  # a scalar
 
 
 @runtime_checkable
@@ -75,35 +75,33 @@ class Hardware:
     def score(self, inputs, out, keys, queries, w, place):
         plan = self.plan
         tiled, ref = plgpu.RefType(plan.transforms), plgpu.RefType()
+        bounds = inputs.key_start, inputs.key_stop
         scales = () if inputs.k_scale is None else (inputs.k_scale,)
-        types = (tiled, tiled, plgpu.Layout.WGMMA.reduce(0), *[_SPLAT] * 3, *[ref] * (3 + len(scales)))
+        types = (
+            *(tiled, tiled, plgpu.Layout.WGMMA.reduce(0), Place(_SPLAT, _SPLAT, _SPLAT)),
+            *((ref, ref), ref, (ref,) * len(scales)),
+        )
 
         @plgpu.inline_mgpu(arg_types=types)
-        def score(ctx, keys, queries, w, sequence, group, key_block, start, stop, out, *scales):
+        def score(ctx, keys, queries, w, place, bounds, out, scales):
             del ctx
-            n_queries = plan.queries
-            sequence, group, key_block = (Word(*mosaic.registers(x)) for x in (sequence, group, key_block))
+            sequence, group, key_block = (Word(*mosaic.registers(x)) for x in place)
             lane, warp = tc.thread_index() & 31, tc.thread_index() >> 5  # warps 0 .. 7 of the consumers
             # A lane holds rows lane // 4 and lane // 4 + 8 of its warp's 16 and every fourth pair of columns.
             # After the sum over the four lanes of a row it holds one of the two rows and every second query.
             key = key_block * BLOCK + (warp << 4) + (lane >> 2) + ((lane & 2) << 2)
             safe_key = key.minimum(plan.S - 1)
             factor = tc.load_global_float(_at(scales[0], sequence, plan.S, safe_key)) if scales else None
-            w_pairs = mosaic.registers(w)
-            per_part = n_queries // PARTS
+            weights = mosaic.registers(w)
+            per_part = plan.queries // PARTS
             for part, dots in enumerate(self._multiply(keys, queries)):
-                own_queries = [
-                    group * n_queries + part * per_part + 2 * i + (lane & 1) for i in range(per_part // 2)
-                ]
+                first_query = group * plan.queries + part * per_part
+                own_queries = [first_query + 2 * i + (lane & 1) for i in range(per_part // 2)]
                 safe_queries = [query.minimum(plan.T - 1) for query in own_queries]
                 intervals = [
-                    [tc.load_global(_at(x, sequence, plan.T, t)) for x in (start, stop)] for t in safe_queries
+                    [tc.load_global(_at(x, sequence, plan.T, t)) for x in bounds] for t in safe_queries
                 ]
-                sums: list[list] = [[None, None] for _ in range(per_part)]
-                for i, (eight, half, c) in enumerate(np.ndindex(len(dots) // 4, 2, 2)):
-                    query = eight * 8 // plan.n_heads
-                    weight = tc.lane_of(w_pairs[part * len(dots) // 4 + eight], c)
-                    sums[query][half] = tc.add_relu(dots[i], weight, sums[query][half])
+                sums = self._weighted_sums(dots, weights[part * len(dots) // 4 :])
                 for i, (query, (begin, end)) in enumerate(zip(own_queries, intervals, strict=True)):
                     low, high = (_halve(x, y, lane, 1) for x, y in zip(*sums[2 * i : 2 * i + 2], strict=True))
                     score = _halve(low, high, lane, 2)
@@ -115,7 +113,15 @@ class Hardware:
                         row = sequence * plan.T + query
                         tc.store_global(tc.global_address(out).plus(row, 4 * plan.S).plus(key, 4), bits)
 
-        score(keys, queries, w, *place, inputs.key_start, inputs.key_stop, out, *scales)
+        score(keys, queries, w, place, bounds, out, scales)
+
+    def _weighted_sums(self, dots: list[ir.Value], weights: list[ir.Value]) -> list[list[Any]]:
+        """Sums of weight x 2 relu(dot) over the lane's columns: [query of the part][upper or lower row]."""
+        sums: list[list[Any]] = [[None, None] for _ in range(self.plan.queries // PARTS)]
+        for i, (eight, half, c) in enumerate(np.ndindex(len(dots) // 4, 2, 2)):
+            query = eight * 8 // self.plan.n_heads
+            sums[query][half] = tc.add_relu(dots[i], tc.lane_of(weights[eight], c), sums[query][half])
+        return sums
 
     def _multiply(self, keys: ir.Value, queries: ir.Value) -> Iterator[list[ir.Value]]:
         """The dot products of 64 keys with COLUMNS / PARTS heads at a time, as registers in wgmma's order."""
