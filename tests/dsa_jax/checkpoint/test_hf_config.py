@@ -86,11 +86,25 @@ def test_a_default_rope_is_not_yarn() -> None:
         assert from_hf(values) == tiny(yarn=None)
 
 
-def test_yarn_without_mscale_has_no_attention_temperature() -> None:
-    config = from_hf(
-        released(rope_scaling={"type": "yarn", "factor": 4, "original_max_position_embeddings": 32})
-    )
-    assert config.yarn == YarnConfig(factor=4.0, original_seq_len=32, mscale_all_dim=0.0)
+@pytest.mark.parametrize(
+    ("keys", "fields"),
+    [
+        ({}, dict(mscale=0.0, mscale_all_dim=0.0)),
+        (dict(mscale=None, mscale_all_dim=None), dict(mscale=0.0, mscale_all_dim=0.0)),
+        (dict(mscale=0.7), dict(mscale=0.7, mscale_all_dim=0.0)),
+        (dict(mscale_all_dim=0.7), dict(mscale=0.0, mscale_all_dim=0.7)),
+        (dict(attention_factor=1.25), dict(mscale=0.0, mscale_all_dim=0.0, attention_factor=1.25)),
+        (dict(beta_fast=None, beta_slow=2), dict(mscale=0.0, mscale_all_dim=0.0, beta_slow=2.0)),
+    ],
+)
+def test_absent_yarn_keys_are_read_and_stay_absent(keys, fields) -> None:
+    rope = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32, **keys}
+    config = from_hf(released(rope_scaling=rope))
+    assert config.yarn == YarnConfig(factor=4.0, original_seq_len=32, **fields)
+    betas = {"beta_fast": 32.0, "beta_slow": 1.0}
+    present = {key: value for key, value in rope.items() if value is not None}
+    assert to_hf(config)["rope_scaling"] == betas | present
+    assert from_hf(to_hf(config)) == config
 
 
 @pytest.mark.parametrize("alias", ["num_experts", "num_local_experts"])
@@ -185,7 +199,8 @@ def test_what_the_model_does_not_support_is_named(key, value) -> None:
     [
         (dict(type="linear"), ["rope type", "linear"]),
         (dict(rope_type="llama3"), ["rope type", "llama3", "yarn"]),
-        (dict(attention_factor=1.2), ["attention_factor"]),
+        (dict(attention_factor=0.0), ["attention_factor", "positive", "0.0"]),
+        (dict(attention_factor="1.2"), ["attention_factor", "'1.2'"]),
         (dict(partial_rotary_factor=0.5), ["partial_rotary_factor"]),
         (dict(truncate=False), ["truncate"]),
         (dict(short_factor=[1.0]), ["short_factor"]),
@@ -204,6 +219,8 @@ def test_two_ropes_must_agree() -> None:
         from_hf(as_transformers_writes(rope_scaling={"type": "yarn", "factor": 2.0}))
     with pytest.raises(ValueError, match=r"rope_theta must equal.*5000.*10000"):
         from_hf(as_transformers_writes(rope_theta=5000))
+    both = as_transformers_writes()
+    assert from_hf(both | {"rope_scaling": CONFIGS["tiny"]["rope_scaling"]}) == tiny()  # type and rope_type
     with pytest.raises(ValueError, match="default takes no factor"):
         from_hf(released(rope_scaling={"type": "default", "factor": 4.0}))
 
