@@ -10,6 +10,8 @@ _YARN_NUMBERS = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
 # What an absent key means; the absence of beta_fast and beta_slow is YarnConfig's default.
 _YARN_ABSENT: dict[str, Any] = {"mscale": 0.0, "mscale_all_dim": 0.0, "attention_factor": None}
 
+_MODULES = {"modules_to_not_convert", "modules_to_convert", "ignored_layers"}
+
 
 def read_object(values: dict[str, Any], key: str) -> dict[str, Any]:
     """A copy of the object under the key, {} for null or none. Raises ValueError for anything else."""
@@ -94,19 +96,21 @@ def read_quantization(values: dict[str, Any]) -> Fp8Config | None:
         "fmt": ("e4m3", None),
         "activation_scheme": ("dynamic", None),
         "weight_block_size": ([128, 128],),
-        "scale_fmt": ("ue8m0", None),
+        "scale_fmt": ("ue8m0", "float", None),  # "float" is transformers' name for null
+        "expert_dtype": ("fp8", None),
+        "dequantize": (True, False, None),  # whether to dequantise on loading: the reader's choice
     }
     for key, options in supported.items():
         if values.get(key) not in options:
             raise ValueError(
                 f"config.json: {key} of quantization_config must be {options[0]}, got {values.get(key)}"
             )
-    # The lists of tensors left unquantised are not needed: the reader looks at each tensor's dtype.
-    if unknown := sorted(set(values) - set(supported) - {"modules_to_not_convert", "ignored_layers"}):
+    # The lists of tensors quantised or not are not needed: the reader looks at each tensor's dtype.
+    if unknown := sorted(set(values) - set(supported) - _MODULES):
         raise ValueError(
             f"config.json: quantization_config has unknown keys {', '.join(unknown)}; remove them"
         )
-    return Fp8Config(scale_fmt=values.get("scale_fmt"))
+    return Fp8Config(scale_fmt="ue8m0" if values.get("scale_fmt") == "ue8m0" else None)
 
 
 def write_quantization(fp8: Fp8Config) -> dict[str, Any]:

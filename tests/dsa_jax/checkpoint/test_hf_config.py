@@ -107,6 +107,45 @@ def test_absent_yarn_keys_are_read_and_stay_absent(keys, fields) -> None:
     assert from_hf(to_hf(config)) == config
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(layer_types=["deepseek_sparse_attention"] * 4),
+        dict(layer_types=["indexed_attention"] * 4),
+        dict(moe_router_dtype="float32"),
+        dict(partial_rotary_factor=1.0),
+        dict(dsa_jax_ignore=["sliding_window"], sliding_window=128),
+    ],
+)
+def test_keys_that_state_what_is_computed_anyway_are_accepted(changes) -> None:
+    assert from_hf(released(**changes)) == tiny()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("moe_router_dtype", "bfloat16"),
+        ("partial_rotary_factor", 0.5),
+        ("layer_types", ["indexed_attention", "deepseek_sparse_attention"] * 2),
+        ("layer_types", ["deepseek_sparse_attention"] * 3),
+        ("dsa_jax_ignore", "sliding_window"),
+    ],
+)
+def test_the_same_keys_with_another_meaning_are_named(key, value) -> None:
+    with pytest.raises(ValueError, match=key):
+        from_hf(released(**{key: value}))
+
+
+def test_transformers_keys_of_fp8_are_read() -> None:
+    keys = dict(
+        dequantize=False, expert_dtype="fp8", modules_to_convert=None, modules_to_not_convert=["lm_head"]
+    )
+    quantization = CONFIGS["tiny"]["quantization_config"] | keys
+    assert from_hf(released(quantization_config=quantization)) == tiny()
+    values = released(quantization_config=quantization | {"scale_fmt": "float"})
+    assert from_hf(values) == tiny(fp8=Fp8Config(scale_fmt=None))
+
+
 @pytest.mark.parametrize("alias", ["num_experts", "num_local_experts"])
 def test_aliases_of_the_number_of_experts(alias) -> None:
     assert from_hf(released(n_routed_experts="absent", **{alias: 8})) == tiny()
@@ -234,6 +273,7 @@ def test_two_ropes_must_agree() -> None:
         (dict(fmt="e5m2"), ["fmt", "e5m2"]),
         (dict(activation_scheme="static"), ["activation_scheme", "static"]),
         (dict(scale_fmt="e4m3"), ["scale_fmt", "e4m3"]),
+        (dict(expert_dtype="fp4"), ["expert_dtype", "fp4"]),
         (dict(bits=4), ["bits"]),
     ],
 )
