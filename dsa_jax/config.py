@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-_MAY_BE_ZERO = ("n_dense_layers", "n_mtp_layers", "mscale_all_dim")
+_MAY_BE_ZERO = ("n_dense_layers", "n_mtp_layers", "mscale", "mscale_all_dim")
 
 
 def _check_values(config: YarnConfig | Fp8Config | ModelConfig) -> None:
@@ -28,6 +28,8 @@ def _check_values(config: YarnConfig | Fp8Config | ModelConfig) -> None:
             raise ValueError(f"{owner}.{name} must be one of {options}, got {value!r}")
         if hint is bool and not isinstance(value, bool):
             raise ValueError(f"{owner}.{name} must be True or False, got {value!r}")
+        if hint == (float | None) and value is not None:
+            hint = float
         if hint is int or hint is float:
             number = (int,) if hint is int else (int, float)
             least = "at least 0" if name in _MAY_BE_ZERO else "positive"
@@ -44,7 +46,10 @@ class YarnConfig:
     factor: the extended context over the original one. original_seq_len: the original context, in tokens.
     beta_fast, beta_slow: a pair that makes more rotations than beta_fast in original_seq_len keeps its frequency,
     one that makes fewer than beta_slow has it divided by factor; frequencies in between are interpolated.
-    mscale, mscale_all_dim: attention temperature; with mscale_all_dim == 0 the softmax scale is unchanged.
+    mscale, mscale_all_dim: attention temperatures; 0 stands for an absent key. With t(m) = 0.1 m ln(factor) + 1,
+    the softmax scale is multiplied by t(mscale_all_dim)^2, and cos and sin of the rotation by
+    t(mscale) / t(mscale_all_dim), or by t(1) when either key is absent (transformers, modeling_rope_utils.py).
+    attention_factor: multiplies cos and sin in place of that quotient.
     Raises ValueError when two values contradict each other.
     """
 
@@ -54,6 +59,7 @@ class YarnConfig:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
+    attention_factor: float | None = None
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -65,6 +71,19 @@ class YarnConfig:
             raise ValueError(
                 f"beta_fast must not be below beta_slow, got {self.beta_fast} < {self.beta_slow}"
             )
+
+    def temperature(self, mscale: float) -> float:
+        """t(mscale) = 0.1 mscale ln(factor) + 1; 1 when the context is not extended or mscale is 0."""
+        return 0.1 * mscale * math.log(self.factor) + 1.0
+
+    @property
+    def rotation_scale(self) -> float:
+        """What cos and sin of the rotation are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self.temperature(self.mscale) / self.temperature(self.mscale_all_dim)
+        return self.temperature(1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +241,7 @@ class ModelConfig:
         scale = self.qk_head_dim**-0.5
         if self.yarn is None:
             return scale
-        return scale * (0.1 * self.yarn.mscale_all_dim * math.log(self.yarn.factor) + 1.0) ** 2
+        return scale * self.yarn.temperature(self.yarn.mscale_all_dim) ** 2
 
     def param_count(self) -> int:
         """Elements of the parameter tree, with the MTP layer and the router bias, without FP8 scales."""

@@ -16,7 +16,7 @@ from dsa_jax.config import ModelConfig
 
 
 class Rotation(NamedTuple):
-    """cos and sin of the angle of each pair, [B T R/2] float32."""
+    """cos and sin of the angle of each pair, times YaRN's rotation scale, [B T R/2] float32."""
 
     cos: jax.Array
     sin: jax.Array
@@ -27,7 +27,7 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 
     YaRN (arXiv 2309.00071) keeps the frequency of pairs that turn many times within ``original_seq_len``, divides
     that of slow pairs by ``factor``, and interpolates linearly in between. The result depends on the config alone,
-    never on the length of the input. mscale is not applied here: it is part of the softmax scale.
+    never on the length of the input. The temperatures are applied in ``rotation`` and ``ModelConfig.softmax_scale``.
     """
     dim = config.qk_rope_head_dim
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
@@ -51,9 +51,15 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def rotation(positions: Int[Array, "B T"], config: ModelConfig) -> Rotation:
-    """cos and sin of position times frequency, float32: bfloat16 cannot tell positions above 256 apart."""
+    """cos and sin of position times frequency, float32: bfloat16 cannot tell positions above 256 apart.
+
+    Both are multiplied by ``YarnConfig.rotation_scale``, which is 1 for DeepSeek-V3.2: MLA and the indexer share them.
+    """
     angles = positions[..., None].astype(jnp.float32) * frequencies(config)
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if config.yarn is None or config.yarn.rotation_scale == 1.0:
+        return Rotation(cos, sin)
+    return Rotation(cos * config.yarn.rotation_scale, sin * config.yarn.rotation_scale)
 
 
 def rotate_interleaved(x: Float[Array, "B T *heads R"], rotation: Rotation) -> Float[Array, "B T *heads R"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -95,16 +95,18 @@ def compare_tensors(
     reference: str | Path,
     *,
     layers: tuple[int, ...] | None = None,
+    ignore: Iterable[str] = (),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TensorReport:
     """Compares two checkpoints of any kind, piece by piece, in the released orientation.
 
-    layers: only these (the MTP layer is n_layers), to compare a large model part by part.
-    on_progress(bytes of ours done, bytes in all). Raises ValueError when the checkpoints are of different
-    architectures, when one is incomplete or damaged, and for a layer that does not exist.
+    layers: only these (the MTP layer is n_layers), to compare a large model part by part. ignore: as in
+    `load_config`. on_progress(bytes of ours done, bytes in all). Raises ValueError when the checkpoints are of
+    different architectures, when one is incomplete or damaged, and for a layer that does not exist.
     """
     ours, reference = Path(ours), Path(reference)
-    config, other = load_config(ours), load_config(reference)
+    ignore = tuple(ignore)
+    config, other = load_config(ours, ignore=ignore), load_config(reference, ignore=ignore)
     _refuse_other_model(config, other)
     last = config.n_layers + config.n_mtp_layers
     if wrong := [layer for layer in layers or () if not 0 <= layer < last]:

@@ -60,11 +60,22 @@ _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "mlp_bias": False,
     "moe_layer_freq": 1,
+    "moe_router_dtype": "float32",
+    "partial_rotary_factor": 1.0,
     "rope_interleave": True,
     "scoring_func": "sigmoid",
     "tie_word_embeddings": False,
     "topk_method": "noaux_tc",
 }
+# Nor does the release write these.
+_NOT_WRITTEN = (
+    "rope_interleave",
+    "moe_router_dtype",
+    "partial_rotary_factor",
+)
+# Names of one layer type: transformers 5.18 and newer, and 5.12 to 5.17.
+_LAYER_TYPES = ("indexed_attention", "deepseek_sparse_attention")
+_IGNORE_KEY = "dsa_jax_ignore"
 _HARMLESS = frozenset(
     "_name_or_path architectures auto_map aux_loss_alpha chunk_size_feed_forward dtype ep_size id2label "
     "is_encoder_decoder label2id output_attentions output_hidden_states output_router_logits pretraining_tp "
@@ -73,7 +84,7 @@ _HARMLESS = frozenset(
 _READ = frozenset(
     "model_type bos_token_id eos_token_id pad_token_id head_dim index_share_for_mtp_iteration "
     "index_skip_topk_offset index_topk_freq index_topk_pattern indexer_rope_interleave indexer_types "
-    "layer_types mlp_layer_types norm_topk_prob num_experts num_key_value_heads num_local_experts "
+    "dsa_jax_ignore layer_types mlp_layer_types norm_topk_prob num_experts num_key_value_heads num_local_experts "
     "num_nextn_predict_layers qk_head_dim quantization_config rope_parameters rope_scaling rope_theta".split()
 )
 _INDEXER_INTERLEAVED = {"deepseek_v32": False, "glm_moe_dsa": True}
@@ -83,14 +94,17 @@ def from_hf(values: Mapping[str, Any], *, ignore: Iterable[str] = (), **switches
     """The ModelConfig of a parsed config.json; `switches` are ModelConfig fields that replace what it says.
 
     Both RoPE spellings are read (rope_theta + rope_scaling, and rope_parameters). ignore: unknown keys to
-    accept. Raises ValueError for missing, unknown or contradictory keys and for values that this
+    accept; those that an earlier conversion accepted are listed under "dsa_jax_ignore" and accepted too. Raises
+    ValueError for missing, unknown or contradictory keys and for values that this
     model does not support, NotImplementedError for layers that share an indexer (GLM-5.2's IndexShare).
     """
     values = dict(values)
+    ignore = tuple(ignore)
+    remembered = _remembered(values)
     if (model_type := values.get("model_type")) not in _INDEXER_INTERLEAVED:
         options = " or ".join(_INDEXER_INTERLEAVED)
         raise ValueError(f"config.json: model_type must be {options}, got {model_type!r}")
-    _refuse_unknown(values, tuple(ignore), switches)
+    _refuse_unknown(values, ignore, remembered, switches)
     _fill_aliases(values)
     _refuse_missing(values)
     fields: dict[str, Any] = {field: read_integer(key, values[key]) for key, field in _INT_KEYS.items()}
@@ -133,7 +147,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["GlmMoeDsaForCausalLM" if interleaved else "DeepseekV32ForCausalLM"],
         "model_type": "glm_moe_dsa" if interleaved else "deepseek_v32",
         **{key: getattr(config, field) for key, field in (_INT_KEYS | _FLOAT_KEYS).items()},
-        **{key: value for key, value in _FIXED.items() if key != "rope_interleave"},
+        **{key: value for key, value in _FIXED.items() if key not in _NOT_WRITTEN},
         "num_key_value_heads": config.n_heads,
         "num_nextn_predict_layers": config.n_mtp_layers,
         "norm_topk_prob": config.norm_topk_prob,
@@ -152,15 +166,31 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _refuse_unknown(values: dict[str, Any], ignore: tuple[str, ...], switches: dict[str, Any]) -> None:
+def with_ignored(values: Mapping[str, Any], ignore: Iterable[str]) -> dict[str, Any]:
+    """The config.json values, with a note of the unknown keys accepted, so that every later reader accepts them."""
+    accepted = sorted(set(values) & set(ignore) | set(_remembered(values)))
+    return {**values, **({_IGNORE_KEY: accepted} if accepted else {})}
+
+
+def _remembered(values: Mapping[str, Any]) -> tuple[str, ...]:
+    keys = values.get(_IGNORE_KEY, [])
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError(f"config.json: {_IGNORE_KEY} must be a list of keys, got {keys!r}")
+    return tuple(keys)
+
+
+def _refuse_unknown(
+    values: dict[str, Any], ignore: tuple[str, ...], remembered: tuple[str, ...], switches: dict[str, Any]
+) -> None:
     known = _HARMLESS | _READ | set(_INT_KEYS) | set(_FLOAT_KEYS) | set(_FIXED)
     if read := sorted(set(ignore) & known):
         raise ValueError(f"ignore= is for keys this loader does not know, but it reads {', '.join(read)}")
-    if unknown := sorted(set(values) - known - set(ignore)):
+    if unknown := sorted(set(values) - known - set(ignore) - set(remembered)):
         accept = ", ".join(f'"{key}"' for key in unknown)
         raise ValueError(
             f"config.json has keys this loader does not know: {', '.join(unknown)}; if they do not change "
-            f"the model, pass ignore=({accept},)"
+            f'the model, pass --ignore {" ".join(unknown)}, in Python ignore=({accept},), or add "{_IGNORE_KEY}": '
+            f"[{accept}] to config.json"
         )
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     if wrong := sorted(set(switches) - fields):
@@ -194,12 +224,15 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
         "num_key_value_heads": values["num_attention_heads"],
         "head_dim": values["qk_rope_head_dim"],
         "qk_head_dim": values["qk_nope_head_dim"] + values["qk_rope_head_dim"],
-        "layer_types": ["indexed_attention"] * layers,
         "mlp_layer_types": ["dense"] * n_dense + ["sparse"] * (layers - n_dense),
     }
     for key, supported in (_FIXED | derived).items():
         if values.get(key) is not None and values[key] != supported:
             raise ValueError(f"config.json: {key} must be {supported!r} for this model, got {values[key]!r}")
+    if (kinds := values.get("layer_types")) is not None and kinds not in [[k] * layers for k in _LAYER_TYPES]:
+        raise ValueError(
+            f"config.json: layer_types must be {layers} times {' or '.join(_LAYER_TYPES)}, got {kinds!r}"
+        )
     types = values.get("indexer_types") or values.get("index_topk_pattern") or ()
     if values.get("index_topk_freq") not in (None, 0, 1) or any(kind not in ("full", "F") for kind in types):
         raise NotImplementedError(

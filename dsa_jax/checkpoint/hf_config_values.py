@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from dsa_jax.config import Fp8Config, YarnConfig
+
+_YARN_NUMBERS = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
+# What an absent key means; the absence of beta_fast and beta_slow is YarnConfig's default.
+_YARN_ABSENT: dict[str, Any] = {"mscale": 0.0, "mscale_all_dim": 0.0, "attention_factor": None}
+
+_MODULES = {"modules_to_not_convert", "modules_to_convert", "ignored_layers"}
 
 
 def read_object(values: dict[str, Any], key: str) -> dict[str, Any]:
@@ -26,8 +31,8 @@ def read_rope(values: dict[str, Any]) -> tuple[float, YarnConfig | None]:
 
     Raises ValueError for spellings that contradict each other, and for a type other than default and yarn.
     """
-    old, new = read_object(values, "rope_scaling"), read_object(values, "rope_parameters")
-    if old and new and {k: v for k, v in new.items() if k != "rope_theta"} != old:
+    old, new = _rope(values, "rope_scaling"), _rope(values, "rope_parameters")
+    if old and new and new != old:
         raise ValueError(
             f"config.json: rope_scaling and rope_parameters contradict each other: {old} and {new}"
         )
@@ -37,43 +42,49 @@ def read_rope(values: dict[str, Any]) -> tuple[float, YarnConfig | None]:
             f"config.json: rope_theta must equal that of rope_parameters, got {outer} and {theta}"
         )
     rope = new or old
-    rope.pop("rope_theta", None)
-    kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope} or {"default"}
-    if kinds != {"default"} and kinds != {"yarn"}:
-        raise ValueError(
-            f"config.json: the rope type must be default or yarn, got {' and '.join(sorted(kinds))}"
-        )
-    for key, supported in (("partial_rotary_factor", 1.0), ("truncate", True), ("attention_factor", None)):
+    kind = rope.pop("type", "default")
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"config.json: the rope type must be default or yarn, got {kind!r}")
+    for key, supported in (("partial_rotary_factor", 1.0), ("truncate", True)):
         if rope.pop(key, supported) != supported:
             raise ValueError(f"config.json: {key} of the rope must be {supported} or absent")
-    if kinds == {"default"}:
+    if kind == "default":
         if rope:
             raise ValueError(f"config.json: a rope of type default takes no {', '.join(sorted(rope))}")
         return theta, None
     return theta, _yarn(rope)
 
 
+def _rope(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """One object in one spelling: the type under "type", no rope_theta, and no nulls, which mean an absent key."""
+    rope = {name: value for name, value in read_object(values, key).items() if value is not None}
+    rope.pop("rope_theta", None)
+    kinds = {str(rope.pop(name)) for name in ("type", "rope_type") if name in rope}
+    if len(kinds) > 1:
+        raise ValueError(f"config.json: {key} must have one rope type, got {' and '.join(sorted(kinds))}")
+    return rope | {"type": kinds.pop()} if kinds else rope
+
+
 def _yarn(rope: dict[str, Any]) -> YarnConfig:
-    missing = [key for key in ("factor", "original_max_position_embeddings") if rope.get(key) is None]
+    missing = [key for key in ("factor", "original_max_position_embeddings") if key not in rope]
     if missing:
         raise ValueError(f"config.json: a rope of type yarn needs {', '.join(missing)}")
-    # DeepSeek's reading of absent keys: mscale_all_dim 0 means no attention temperature.
-    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
-    numbers = {key: read_number(key, rope.pop(key, default)) for key, default in defaults.items()}
-    factor = read_number("factor", rope.pop("factor"))
     original = read_integer("original_max_position_embeddings", rope.pop("original_max_position_embeddings"))
-    if rope:
-        raise ValueError(f"config.json: a rope of type yarn takes no {', '.join(sorted(rope))}")
-    return YarnConfig(factor=factor, original_seq_len=original, **numbers)
+    if unknown := sorted(set(rope) - set(_YARN_NUMBERS)):
+        raise ValueError(f"config.json: a rope of type yarn takes no {', '.join(unknown)}")
+    numbers = _YARN_ABSENT | {key: read_number(key, value) for key, value in rope.items()}
+    return YarnConfig(original_seq_len=original, **numbers)
 
 
 def write_rope_scaling(yarn: YarnConfig | None) -> dict[str, Any] | None:
-    """The rope_scaling object, in the released spelling."""
+    """The rope_scaling object, in the released spelling; a temperature of 0 is an absent key."""
     if yarn is None:
         return None
-    values = dataclasses.asdict(yarn)
-    original = values.pop("original_seq_len")
-    return {"type": "yarn", "original_max_position_embeddings": original, **values}
+    numbers = {key: getattr(yarn, key) for key in _YARN_NUMBERS}
+    present = {
+        key: value for key, value in numbers.items() if key not in _YARN_ABSENT or value != _YARN_ABSENT[key]
+    }
+    return {"type": "yarn", "original_max_position_embeddings": yarn.original_seq_len, **present}
 
 
 def read_quantization(values: dict[str, Any]) -> Fp8Config | None:
@@ -85,19 +96,21 @@ def read_quantization(values: dict[str, Any]) -> Fp8Config | None:
         "fmt": ("e4m3", None),
         "activation_scheme": ("dynamic", None),
         "weight_block_size": ([128, 128],),
-        "scale_fmt": ("ue8m0", None),
+        "scale_fmt": ("ue8m0", "float", None),  # "float" is transformers' name for null
+        "expert_dtype": ("fp8", None),
+        "dequantize": (True, False, None),  # whether to dequantise on loading: the reader's choice
     }
     for key, options in supported.items():
         if values.get(key) not in options:
             raise ValueError(
                 f"config.json: {key} of quantization_config must be {options[0]}, got {values.get(key)}"
             )
-    # The lists of tensors left unquantised are not needed: the reader looks at each tensor's dtype.
-    if unknown := sorted(set(values) - set(supported) - {"modules_to_not_convert", "ignored_layers"}):
+    # The lists of tensors quantised or not are not needed: the reader looks at each tensor's dtype.
+    if unknown := sorted(set(values) - set(supported) - _MODULES):
         raise ValueError(
             f"config.json: quantization_config has unknown keys {', '.join(unknown)}; remove them"
         )
-    return Fp8Config(scale_fmt=values.get("scale_fmt"))
+    return Fp8Config(scale_fmt="ue8m0" if values.get("scale_fmt") == "ue8m0" else None)
 
 
 def write_quantization(fp8: Fp8Config) -> dict[str, Any]:

@@ -114,11 +114,13 @@ def plan_hf(tensors: Tensors, config: ModelConfig, first: Mapping[str, str], opt
     """Which tensor goes into which shard, and in which dtype; in order of the table of names.
 
     first: released name -> dtype in the checkpoint that was converted first, where known.
+    A copy of the main embedding or head (`TensorRow.duplicate`) that it did not have is left out.
     """
     shards: list[list[Output]] = [[]]
     used = 0
+    known = any(first.values())
     for name, row in tensor_table(config).items():
-        if name not in tensors.entries:
+        if name not in tensors.entries or (row.duplicate and known and name not in first):
             continue
         dtype = options.stored_dtype(row, tensors.entries[name].dtype, first.get(name))
         output = Output(name=name, row=row, dtype=dtype)

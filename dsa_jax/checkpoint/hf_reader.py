@@ -14,8 +14,9 @@ from dsa_jax.checkpoint.checksums import CHECKSUMS_FILE
 from dsa_jax.checkpoint.files import read_json_object
 from dsa_jax.checkpoint.hf_config import from_hf
 from dsa_jax.checkpoint.job import MARKER
-from dsa_jax.checkpoint.names import SCALE_SUFFIX, layer_prefix
+from dsa_jax.checkpoint.names import MTP_COPIES, SCALE_SUFFIX, layer_prefix
 from dsa_jax.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
+from dsa_jax.checkpoint.stacked_experts import unstacked
 from dsa_jax.checkpoint.tensors import FP8, Carried
 from dsa_jax.config import ModelConfig
 from dsa_jax.fp8.blocks import dequantize_blocks
@@ -25,6 +26,9 @@ INDEX_FILE = "model.safetensors.index.json"
 _CARRIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".md")
 _NOT_CARRIED = {"config.json", INDEX_FILE, CHECKSUMS_FILE, MARKER}
 
+_BUFFERS = ".rotary_emb.inv_freq"
+"""Ends the names of RoPE's frequencies, which old releases of transformers stored; config.json determines them."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -32,22 +36,34 @@ def load_hf_config(path: str | Path, *, ignore: Iterable[str] = (), **switches: 
     """The ModelConfig of a checkpoint folder; `switches` are ModelConfig fields, `ignore` as in from_hf.
 
     When config.json announces an MTP layer and the folder's weights have none (transformers does not write
-    it), n_mtp_layers becomes 0 and a warning is logged, unless `switches` sets n_mtp_layers.
+    it), n_mtp_layers becomes 0 and a warning is logged, unless `switches` sets n_mtp_layers. When the MTP layer is
+    stored without embedding and head (GLM-5), mtp_shared_embeddings becomes True.
     Raises ValueError for what from_hf refuses and for unreadable JSON, FileNotFoundError without config.json.
     """
     path = Path(path)
     config = from_hf(read_json_object(path / "config.json"), ignore=ignore, **switches)
-    names = _stored_names(path)
-    if not names or not config.n_mtp_layers or "n_mtp_layers" in switches:
+    return as_stored(config, path, _stored_names(path), switches)
+
+
+def as_stored(
+    config: ModelConfig, path: Path, names: Iterable[str], switches: Iterable[str] = ()
+) -> ModelConfig:
+    """The config with its MTP layer as these tensor names have it; fields named in `switches` stay."""
+    prefix = layer_prefix(config.n_layers)
+    names = set(names)
+    stored = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    if not names or not config.n_mtp_layers:
         return config
-    if any(name.startswith(layer_prefix(config.n_layers)) for name in names):
-        return config
-    logger.warning(
-        "%s: config.json announces an MTP layer, no tensor of layer %d is stored: n_mtp_layers is set to 0",
-        path,
-        config.n_layers,
-    )
-    return dataclasses.replace(config, n_mtp_layers=0)
+    if not stored and "n_mtp_layers" not in switches:
+        logger.warning(
+            "%s: config.json announces an MTP layer, no tensor of layer %d is stored: n_mtp_layers is set to 0",
+            path,
+            config.n_layers,
+        )
+        return dataclasses.replace(config, n_mtp_layers=0)
+    if stored and not stored & set(MTP_COPIES) and "mtp_shared_embeddings" not in switches:
+        return dataclasses.replace(config, mtp_shared_embeddings=True)
+    return config
 
 
 class HfFolder:
@@ -106,6 +122,14 @@ class HfFolder:
         for name in sorted(expected - set(opened.entries)):
             self._fault("tensors not in the shard the index names", f"{name} in {shard}")
             self.unreadable.add(name)
+        weight_map = dict(weight_map)
+        for name in list(opened.entries):
+            if name.endswith(_BUFFERS):
+                del opened.entries[name]
+            elif parts := unstacked(name, opened.entries[name]):
+                del opened.entries[name]
+                opened.entries |= parts
+                weight_map |= dict.fromkeys(parts, weight_map.get(name, shard))
         for name, entry in opened.entries.items():
             if name in self.entries:
                 self._fault("tensors stored twice", f"{name} in {self._files[name].path.name} and {shard}")

@@ -61,6 +61,8 @@ _MTP = (
     ("shared_head.norm.weight", "mtp/norm", "D", "BF16"),
     ("shared_head.head.weight", "mtp/head", "V D", "BF16 T"),
 )
+MTP_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
+"""Tensors of the MTP layer that a checkpoint may leave out, both or neither: the main model's are used."""
 _SHARED_BY_MTP = {"mtp/embed": "embed", "mtp/head": "head"}
 
 # Leaves that are float32 whatever config.param_dtype says: norms, router and indexer weights are small, and rounding

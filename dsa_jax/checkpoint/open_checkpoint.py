@@ -15,10 +15,9 @@ from dsa_jax.checkpoint.deepseek_folder import (
 )
 from dsa_jax.checkpoint.files import read_json_object
 from dsa_jax.checkpoint.fresh_indexer import FreshIndexer, add_indexer_keys
-from dsa_jax.checkpoint.hf_config import from_hf, to_hf
-from dsa_jax.checkpoint.hf_reader import HfFolder, hf_carried, load_hf_config
+from dsa_jax.checkpoint.hf_config import from_hf, to_hf, with_ignored
+from dsa_jax.checkpoint.hf_reader import HfFolder, as_stored, hf_carried, load_hf_config
 from dsa_jax.checkpoint.job import refuse_incomplete
-from dsa_jax.checkpoint.names import layer_prefix
 from dsa_jax.checkpoint.orbax_folder import METADATA_FILE, OrbaxReader, is_orbax, load_orbax_config
 from dsa_jax.checkpoint.orbax_tensors import OrbaxTensors, orbax_carried
 from dsa_jax.checkpoint.tensors import Carried, Tensors
@@ -85,7 +84,7 @@ def open_checkpoint(
     path: Path,
     *,
     config_file: Path | None = None,
-    ignore: Iterable[str] = (),
+    ignore: tuple[str, ...] = (),
     add_indexer: bool = False,
     max_chunk_bytes: int | None = None,
 ) -> Checkpoint:
@@ -106,15 +105,15 @@ def open_checkpoint(
         carried = orbax_carried(path)
         if not (path / METADATA_FILE).is_file() and config_file is not None:
             carried = dataclasses.replace(carried, hf_config=read_json_object(config_file))
+    if carried.hf_config is not None:
+        carried = dataclasses.replace(carried, hf_config=with_ignored(carried.hf_config, ignore))
     return Checkpoint(kind=kind, config=config, tensors=tensors, carried=carried)
 
 
 def _with_indexer(path: Path, config_file: Path, ignore: Iterable[str]) -> Checkpoint:
     config = from_hf(add_indexer_keys(read_json_object(config_file)), ignore=ignore)
     folder = HfFolder(path)
-    prefix = layer_prefix(config.n_layers)
-    if not any(name.startswith(prefix) for name in folder.entries):
-        config = dataclasses.replace(config, n_mtp_layers=0)
+    config = as_stored(config, path, folder.entries)
     tensors = FreshIndexer(folder, config)
     carried = dataclasses.replace(hf_carried(folder), hf_config=to_hf(config))
     return Checkpoint(kind="hf", config=config, tensors=tensors, carried=carried, added=tensors.added)

@@ -16,6 +16,8 @@ from dsa_jax.config import ModelConfig
 
 FLOATS = ("BF16", "F32", "F16")
 FP8 = "F8_E4M3"
+SCALES = (*FLOATS, "F8_E8M0")
+"""Stored dtypes of block scales; all are read as float32."""
 _NAMES_IN_A_MESSAGE = 8
 
 logger = logging.getLogger(__name__)
@@ -124,7 +126,7 @@ def _fault_of_scale(
     if scale.shape != scale_shape(row.shape):
         expected = list(scale_shape(row.shape))
         return "block scales of a wrong shape", f"{name} {list(scale.shape)}, expected {expected}"
-    if scale.dtype not in FLOATS:
+    if scale.dtype not in SCALES:
         return "block scales of an unknown dtype", f"{name} {scale.dtype}"
     if read:
         values = tensors.read_rows(name, 0, scale.shape[0]).astype(np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,19 @@ class Verification:
 
 
 def verify(
-    path: str | Path, *, on_progress: Callable[[int, int], None] = lambda done, total: None
+    path: str | Path,
+    *,
+    ignore: Iterable[str] = (),
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
     """Checks names, shapes, dtypes, block scales and, where `convert` wrote the folder, every checksum.
 
-    on_progress(bytes done, bytes in all). Raises ValueError for an unfinished conversion and for a folder
-    whose config cannot be read.
+    ignore: as in `load_config`. on_progress(bytes done, bytes in all). Raises ValueError for an unfinished
+    conversion and for a folder whose config cannot be read.
     """
     path = Path(path)
     refuse_incomplete(path)
-    config = load_config(path)
+    config = load_config(path, ignore=ignore)
     tensors = open_tensors(path, config)
     faults = [
         describe_fault(kind, names) for kind, names in find_faults(tensors, config, read_scales=True).items()

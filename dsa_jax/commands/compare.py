@@ -67,6 +67,8 @@ class Compare:
     """With --checkpoint: only these layers, as in 0-2,61, to compare a large model part by part."""
     markdown: Path | None = None
     """With --checkpoint: write a table of the layers, and of the tensors that differ, to this file."""
+    ignore: tuple[str, ...] = ()
+    """Keys of config.json that are unknown here and do not change the model."""
     traceback: bool = False
     """On bad input, show where the error arose."""
 
@@ -119,6 +121,7 @@ class Compare:
 
         return load_config(
             checked_folder(self.model),
+            ignore=self.ignore,
             n_mtp_layers=0,
             dtype="float32",
             param_dtype="float32",
@@ -148,7 +151,9 @@ class Compare:
 
         layers = parse_layers(self.layers) if self.layers else None
         with progress_bar("comparing tensors") as on_progress:
-            report = compare_tensors(self.model, checkpoint, layers=layers, on_progress=on_progress)
+            report = compare_tensors(
+                self.model, checkpoint, layers=layers, ignore=self.ignore, on_progress=on_progress
+            )
         print(report.to_markdown(), end="")
         for path, text in ((self.markdown, report.to_markdown()), (self.json, report.to_json() + "\n")):
             if path is not None:

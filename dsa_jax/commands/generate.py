@@ -51,6 +51,8 @@ class Generate:
     """Quantise the cached latent to FP8, as deployed."""
     json: Path | None = None
     """Write token ids, text, timings and the configuration to this file."""
+    ignore: tuple[str, ...] = ()
+    """Keys of config.json that are unknown here and do not change the model."""
     traceback: bool = False
     """On bad input, show where the error arose."""
 
@@ -97,6 +99,7 @@ class Generate:
         dtype = "bfloat16" if self.dtype == "fp8" else self.dtype
         return load_config(
             checked_folder(self.model),
+            ignore=self.ignore,
             n_mtp_layers=0,
             dtype=dtype,
             param_dtype=dtype,

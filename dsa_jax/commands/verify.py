@@ -23,6 +23,8 @@ class Verify:
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Checkpoint of any kind."""
+    ignore: tuple[str, ...] = ()
+    """Keys of config.json that are unknown here and do not change the model."""
     traceback: bool = False
     """On bad input, show where the error arose."""
 
@@ -31,7 +33,7 @@ class Verify:
 
         started = time.perf_counter()
         with progress_bar("verifying") as on_progress:
-            found = verify(self.folder, on_progress=on_progress)
+            found = verify(self.folder, ignore=self.ignore, on_progress=on_progress)
         seconds = time.perf_counter() - started
         for fault in found.faults:
             print(fault)

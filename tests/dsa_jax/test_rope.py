@@ -1,6 +1,7 @@
 """Frequencies and pair layouts, against complex numbers in float64."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +45,28 @@ def test_yarn_of_the_released_model_blends_between_pairs_10_and_23():
     np.testing.assert_allclose(ratio[23:], 1 / 40, rtol=1e-6)
     assert (np.diff(ratio[10:24]) < 0).all()
     assert config.softmax_scale == pytest.approx(0.1352338, rel=1e-6)  # 192**-0.5 * (0.1 ln 40 + 1)**2
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [
+        (dict(), 1.0),
+        (dict(mscale=0.7, mscale_all_dim=0.7), 1.0),
+        (dict(mscale=0.7, mscale_all_dim=1.3), (0.07 * math.log(40) + 1) / (0.13 * math.log(40) + 1)),
+        (dict(mscale=0.0, mscale_all_dim=0.0), 0.1 * math.log(40) + 1),
+        (dict(mscale=0.7, mscale_all_dim=0.0), 0.1 * math.log(40) + 1),
+        (dict(mscale=0.0, mscale_all_dim=0.7), 0.1 * math.log(40) + 1),
+        (dict(mscale=0.7, attention_factor=1.25), 1.25),
+    ],
+)
+def test_yarn_scales_cos_and_sin(changes, scale):
+    config = deepseek_v32()
+    plain = rope.rotation(POSITIONS, config)
+    scaled = rope.rotation(
+        POSITIONS, dataclasses.replace(config, yarn=dataclasses.replace(config.yarn, **changes))
+    )
+    for before, after in zip(plain, scaled, strict=True):
+        np.testing.assert_array_equal(after, before * np.float32(scale))
 
 
 def test_frequencies_equal_deepseeks_table():

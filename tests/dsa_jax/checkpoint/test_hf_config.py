@@ -86,11 +86,64 @@ def test_a_default_rope_is_not_yarn() -> None:
         assert from_hf(values) == tiny(yarn=None)
 
 
-def test_yarn_without_mscale_has_no_attention_temperature() -> None:
-    config = from_hf(
-        released(rope_scaling={"type": "yarn", "factor": 4, "original_max_position_embeddings": 32})
+@pytest.mark.parametrize(
+    ("keys", "fields"),
+    [
+        ({}, dict(mscale=0.0, mscale_all_dim=0.0)),
+        (dict(mscale=None, mscale_all_dim=None), dict(mscale=0.0, mscale_all_dim=0.0)),
+        (dict(mscale=0.7), dict(mscale=0.7, mscale_all_dim=0.0)),
+        (dict(mscale_all_dim=0.7), dict(mscale=0.0, mscale_all_dim=0.7)),
+        (dict(attention_factor=1.25), dict(mscale=0.0, mscale_all_dim=0.0, attention_factor=1.25)),
+        (dict(beta_fast=None, beta_slow=2), dict(mscale=0.0, mscale_all_dim=0.0, beta_slow=2.0)),
+    ],
+)
+def test_absent_yarn_keys_are_read_and_stay_absent(keys, fields) -> None:
+    rope = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32, **keys}
+    config = from_hf(released(rope_scaling=rope))
+    assert config.yarn == YarnConfig(factor=4.0, original_seq_len=32, **fields)
+    betas = {"beta_fast": 32.0, "beta_slow": 1.0}
+    present = {key: value for key, value in rope.items() if value is not None}
+    assert to_hf(config)["rope_scaling"] == betas | present
+    assert from_hf(to_hf(config)) == config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(layer_types=["deepseek_sparse_attention"] * 4),
+        dict(layer_types=["indexed_attention"] * 4),
+        dict(moe_router_dtype="float32"),
+        dict(partial_rotary_factor=1.0),
+        dict(dsa_jax_ignore=["sliding_window"], sliding_window=128),
+    ],
+)
+def test_keys_that_state_what_is_computed_anyway_are_accepted(changes) -> None:
+    assert from_hf(released(**changes)) == tiny()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("moe_router_dtype", "bfloat16"),
+        ("partial_rotary_factor", 0.5),
+        ("layer_types", ["indexed_attention", "deepseek_sparse_attention"] * 2),
+        ("layer_types", ["deepseek_sparse_attention"] * 3),
+        ("dsa_jax_ignore", "sliding_window"),
+    ],
+)
+def test_the_same_keys_with_another_meaning_are_named(key, value) -> None:
+    with pytest.raises(ValueError, match=key):
+        from_hf(released(**{key: value}))
+
+
+def test_transformers_keys_of_fp8_are_read() -> None:
+    keys = dict(
+        dequantize=False, expert_dtype="fp8", modules_to_convert=None, modules_to_not_convert=["lm_head"]
     )
-    assert config.yarn == YarnConfig(factor=4.0, original_seq_len=32, mscale_all_dim=0.0)
+    quantization = CONFIGS["tiny"]["quantization_config"] | keys
+    assert from_hf(released(quantization_config=quantization)) == tiny()
+    values = released(quantization_config=quantization | {"scale_fmt": "float"})
+    assert from_hf(values) == tiny(fp8=Fp8Config(scale_fmt=None))
 
 
 @pytest.mark.parametrize("alias", ["num_experts", "num_local_experts"])
@@ -185,7 +238,8 @@ def test_what_the_model_does_not_support_is_named(key, value) -> None:
     [
         (dict(type="linear"), ["rope type", "linear"]),
         (dict(rope_type="llama3"), ["rope type", "llama3", "yarn"]),
-        (dict(attention_factor=1.2), ["attention_factor"]),
+        (dict(attention_factor=0.0), ["attention_factor", "positive", "0.0"]),
+        (dict(attention_factor="1.2"), ["attention_factor", "'1.2'"]),
         (dict(partial_rotary_factor=0.5), ["partial_rotary_factor"]),
         (dict(truncate=False), ["truncate"]),
         (dict(short_factor=[1.0]), ["short_factor"]),
@@ -204,6 +258,8 @@ def test_two_ropes_must_agree() -> None:
         from_hf(as_transformers_writes(rope_scaling={"type": "yarn", "factor": 2.0}))
     with pytest.raises(ValueError, match=r"rope_theta must equal.*5000.*10000"):
         from_hf(as_transformers_writes(rope_theta=5000))
+    both = as_transformers_writes()
+    assert from_hf(both | {"rope_scaling": CONFIGS["tiny"]["rope_scaling"]}) == tiny()  # type and rope_type
     with pytest.raises(ValueError, match="default takes no factor"):
         from_hf(released(rope_scaling={"type": "default", "factor": 4.0}))
 
@@ -217,6 +273,7 @@ def test_two_ropes_must_agree() -> None:
         (dict(fmt="e5m2"), ["fmt", "e5m2"]),
         (dict(activation_scheme="static"), ["activation_scheme", "static"]),
         (dict(scale_fmt="e4m3"), ["scale_fmt", "e4m3"]),
+        (dict(expert_dtype="fp4"), ["expert_dtype", "fp4"]),
         (dict(bits=4), ["bits"]),
     ],
 )

@@ -247,6 +247,32 @@ def test_v32_matches_transformers(tmp_path, seed, layers, dense, rope, top_k, le
     assert max(row.out for row in report.layers) < 5e-5 and report.kl < 1e-8 and report.top1 == 1.0
 
 
+YARN_VARIANTS = {
+    # What is left out of, or added to, SHORT_YARN; None leaves the key out.
+    "mscale differs": dict(mscale=0.7, mscale_all_dim=1.3),
+    "both absent": dict(mscale=None, mscale_all_dim=None),
+    "mscale alone": dict(mscale=0.7, mscale_all_dim=None),
+    "mscale_all_dim alone": dict(mscale=None, mscale_all_dim=0.7),
+    "attention_factor": dict(attention_factor=1.3),
+    "beta_fast and beta_slow": dict(beta_fast=8.0, beta_slow=2.0),
+}
+
+
+@needs_torch
+@pytest.mark.parity
+@pytest.mark.parametrize("variant", YARN_VARIANTS)
+def test_yarn_variants_match_transformers(tmp_path, variant):
+    rope = {key: value for key, value in (SHORT_YARN | YARN_VARIANTS[variant]).items() if value is not None}
+    write_random_model(
+        tmp_path, 2, num_hidden_layers=3, first_k_dense_replace=1, rope_parameters=rope, index_topk=16
+    )
+    tokens = random_tokens(2, 64)
+    ours, reference = run_ours(*load_float32(tmp_path), tokens), transformers_reference(tmp_path, tokens)
+    report = compare(ours, reference)
+    assert report.failures == () and report.top1 == 1.0
+    assert np.abs(ours["logits"] - reference["logits"]).max() < 5e-5
+
+
 @needs_torch
 @pytest.mark.parity
 def test_fp8_blocks_match_transformers(tmp_path):
