@@ -1,6 +1,7 @@
 """Text generation: chunked prefill, then one token per step, through the same model function."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ CAPACITY_STEP = (
     64  # capacities are multiples of this, so that prompts of similar lengths share one compilation
 )
 
+SMALLEST_TEMPERATURE = 1e-6  # far below, logits / temperature is infinite in float32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -32,12 +35,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.temperature != 0 and not SMALLEST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or finite and at least {SMALLEST_TEMPERATURE}, got {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be within (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0 (0 keeps every token), got {self.top_k}")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k must be within 0 .. 2**31 - 1 (0 keeps every token), got {self.top_k}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be within 0 .. 2**32 - 1, got {self.seed}")
 
 
 def generate(
@@ -92,7 +99,7 @@ def stream(
     Raises:
       ValueError: an empty prompt, an id outside the vocabulary, or prompt + max_new_tokens above max_seq_len.
     """
-    lengths = _check(prompts, config, max_new_tokens, prefill_chunk)
+    lengths = check_request(prompts, config, max_new_tokens, prefill_chunk)
     B, longest = len(prompts), max(lengths)
     chunk = min(prefill_chunk, -(-longest // CAPACITY_STEP) * CAPACITY_STEP)
     padded = -(-longest // chunk) * chunk
@@ -121,9 +128,14 @@ def stream(
         logits, cache = decode(params, chosen, active, cache)
 
 
-def _check(
-    prompts: Sequence[Sequence[int]], config: ModelConfig, max_new_tokens: int, prefill_chunk: int
+def check_request(
+    prompts: Sequence[Sequence[int]], config: ModelConfig, max_new_tokens: int, prefill_chunk: int = 1024
 ) -> list[int]:
+    """The length of each prompt. Needs no parameters, so that a command can call it before it loads them.
+
+    Raises:
+      ValueError: as ``stream`` does.
+    """
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     if max_new_tokens < 1 or prefill_chunk < 1:
@@ -191,5 +203,6 @@ def truncate(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B
         ranked = jnp.where(jnp.arange(ranked.shape[-1]) < sampling.top_k, ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (before < sampling.top_p) & (ranked > -jnp.inf)
+    first = jnp.arange(ranked.shape[-1]) == 0  # also where float32 rounds top_p to 0
+    kept = (before < sampling.top_p) & (ranked > -jnp.inf) | first
     return jnp.where(jnp.take_along_axis(kept, rank, axis=-1), logits, -jnp.inf)

@@ -1,13 +1,13 @@
 """`python -m train.export RUN_FOLDER OUT`: the newest checkpoint of a run in DeepSeek's released layout.
 
 OUT can be read by `dsa-jax generate` and transformers: FP8 blocks with scales, config.json and, for a run on text,
-tokenizer.json. ``--dtype bfloat16`` and ``float32`` store the weights unquantised.
+tokenizer.json. A run that started from a checkpoint also passes on that checkpoint's generation_config.json,
+tokenizer_config.json, chat template and the like. ``--dtype bfloat16`` and ``float32`` store the weights unquantised.
 """
 
 import argparse
 import dataclasses
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.checkpoint import write_hf
+from dsa_jax.checkpoint.open_checkpoint import files_to_carry
 from dsa_jax.config import ModelConfig
 from train.checkpoint import Checkpoints
 from train.config import Run, from_json
@@ -56,10 +57,29 @@ def export(folder: Path, out: Path, dtype: str = "fp8", max_shard_bytes: int = 1
     params, config = released(params, run.model)
     if dtype != "fp8":
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
-    write_hf(out, params, config, quantize="fp8" if dtype == "fp8" else None, max_shard_bytes=max_shard_bytes)
+    quantize = "fp8" if dtype == "fp8" else None
+    carried = carried_files(run)
+    write_hf(out, params, config, quantize=quantize, max_shard_bytes=max_shard_bytes, carried=carried)
+
+
+def carried_files(run: Run) -> tuple[Path, ...]:
+    """Files that OUT gets besides the model: those of ``init_from``, and the tokenizer.json of the run's data.
+
+    Raises:
+      ValueError: the folder ``init_from`` is no longer there.
+    """
+    found: dict[str, Path] = {}
+    if run.init_from:
+        if not Path(run.init_from).is_dir():
+            raise ValueError(
+                f"the run started from {run.init_from}, whose tokenizer files and generation_config.json belong into "
+                "the export, and that folder is not there; put it back, or a folder with these files in its place"
+            )
+        found = {file.name: file for file in files_to_carry(Path(run.init_from))}
     folders = [Path(source.folder) for source in run.data if source.folder]
     if folders and (folders[0] / "tokenizer.json").is_file():
-        shutil.copyfile(folders[0] / "tokenizer.json", out / "tokenizer.json")
+        found["tokenizer.json"] = folders[0] / "tokenizer.json"
+    return tuple(found.values())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -134,6 +134,9 @@ def compare_tensors(
     )
 
 
+LARGEST_LAYER = 9_999
+
+
 def parse_layers(text: str) -> tuple[int, ...]:
     """ "0-2,61" -> (0, 1, 2, 61). Raises ValueError for anything else."""
     layers: list[int] = []
@@ -141,7 +144,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(f"--layers takes numbers and ranges such as 0-2,61, got {text!r}")
-        layers += range(int(first), int(last or first) + 1)
+        start, end = int(first), int(last or first)
+        if not start <= end <= LARGEST_LAYER:
+            raise ValueError(f"--layers takes ranges that rise, up to layer {LARGEST_LAYER}, got {text!r}")
+        layers += range(start, end + 1)
     return tuple(layers)
 
 

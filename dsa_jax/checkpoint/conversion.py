@@ -151,9 +151,14 @@ def _workers(max_memory: int) -> int:
     return max(1, min(os.cpu_count() or 1, room, _MOST_WORKERS))
 
 
-def _refuse_memory_or_place(request: Request, destination: Path, max_memory: int) -> None:
+def check_memory(max_memory: int) -> None:
+    """Raises ValueError for less than a conversion needs in any case."""
     if max_memory < SMALLEST_MEMORY:
         raise ValueError(f"max_memory must be at least {SMALLEST_MEMORY:,} bytes (1 GiB), got {max_memory:,}")
+
+
+def _refuse_memory_or_place(request: Request, destination: Path, max_memory: int) -> None:
+    check_memory(max_memory)
     if destination == request.source or request.source in destination.parents:
         raise ValueError(f"the destination {destination} must not be the source, nor a folder inside it")
 

@@ -16,7 +16,7 @@ from dsa_jax.checkpoint.deepseek_folder import (
 from dsa_jax.checkpoint.files import read_json_object
 from dsa_jax.checkpoint.fresh_indexer import FreshIndexer, add_indexer_keys
 from dsa_jax.checkpoint.hf_config import from_hf, to_hf, with_ignored
-from dsa_jax.checkpoint.hf_reader import HfFolder, as_stored, hf_carried, load_hf_config
+from dsa_jax.checkpoint.hf_reader import HfFolder, as_stored, carried_files, hf_carried, load_hf_config
 from dsa_jax.checkpoint.job import refuse_incomplete
 from dsa_jax.checkpoint.orbax_folder import METADATA_FILE, OrbaxReader, is_orbax, load_orbax_config
 from dsa_jax.checkpoint.orbax_tensors import OrbaxTensors, orbax_carried
@@ -108,6 +108,14 @@ def open_checkpoint(
     if carried.hf_config is not None:
         carried = dataclasses.replace(carried, hf_config=with_ignored(carried.hf_config, ignore))
     return Checkpoint(kind=kind, config=config, tensors=tensors, carried=carried)
+
+
+def files_to_carry(path: Path) -> tuple[Path, ...]:
+    """The tokenizer files, generation_config.json and the like that accompany the tensors of this folder."""
+    kind = kind_of(path)
+    if kind == "orbax":
+        return orbax_carried(path).files
+    return tuple(file for file in carried_files(path) if kind == "hf" or not file.name.startswith("config"))
 
 
 def _with_indexer(path: Path, config_file: Path, ignore: Iterable[str]) -> Checkpoint:

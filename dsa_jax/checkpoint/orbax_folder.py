@@ -8,6 +8,7 @@ library that Orbax itself uses, so that no leaf need ever be whole in memory; `o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class ArraySpec:
 class OrbaxReader:
     """The arrays of an Orbax checkpoint: `shapes`, `dtypes`, `chunks` by leaf (below "params"), and `read`.
 
-    Raises ValueError for a folder that is no Orbax checkpoint of a parameter tree.
+    Raises ValueError for a folder that is no Orbax checkpoint of a parameter tree, and for one with LoRA adapters:
+    without them the parameters are those of the base model.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -67,6 +69,7 @@ class OrbaxReader:
         self.leaves = tuple(
             key[len(self._prefix) :] for key in keys if key[: len(self._prefix)] == self._prefix
         )
+        _refuse_adapters(keys, self._prefix, self.leaves, self.path)
 
     def spec(self, leaf: Leaf) -> ArraySpec:
         """Shape, dtype and chunk shape of a leaf's array. Raises KeyError for a leaf that is not in `leaves`."""
@@ -158,6 +161,20 @@ def _prefix(keys: list[Leaf], path: Path) -> Leaf:
             f"{', '.join('.'.join(map(str, key)) for key in keys[:4])}"
         )
     return found[0]
+
+
+def _refuse_adapters(keys: list[Leaf], prefix: Leaf, leaves: Iterable[Leaf], path: Path) -> None:
+    """Adapters are a tree beside the parameters whose leaves lie below the path of a parameter."""
+    parameters, depth = set(leaves), len(prefix)
+    if not depth:  # then every leaf counts as a parameter, and adapters are reported as unknown leaves
+        return
+    beside = [key for key in keys if key[: depth - 1] == prefix[:-1] and key[:depth] != prefix]
+    if adapters := [".".join(key) for key in beside if key[depth:-1] in parameters]:
+        run = next((parent.parent for parent in path.parents if parent.name == "checkpoints"), "RUN")
+        raise ValueError(
+            f"{path} holds the base model and, beside it, {len(adapters)} leaves of LoRA adapters such as "
+            f"{adapters[0]}; merge them with `python -m train.export {run} OUT` and read OUT"
+        )
 
 
 def _first_line(error: BaseException) -> str:

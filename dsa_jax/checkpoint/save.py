@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ def write_hf(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     quantize: str | None = None,
+    carried: Iterable[Path] = (),
 ) -> None:
     """Writes config.json and the weights; several shards and an index when they exceed max_shard_bytes.
 
     params: {"params": tree} as load_params returns it. quantize None stores every leaf in its own dtype;
     "fp8" stores what the release does: FP8 blocks (scales as config.fp8 says, ue8m0 by default), bfloat16 and
-    float32. A tensor larger than max_shard_bytes gets a shard of its own. The folder appears when complete.
+    float32. A tensor larger than max_shard_bytes gets a shard of its own. carried: other files to copy, such as
+    the tokenizer's. The folder appears when complete.
     Raises ValueError when path exists and is not an empty folder, and when params do not fit config.
     """
     path = Path(path)
@@ -55,7 +57,7 @@ def write_hf(
     try:
         for _ in write_shards(partial, tensors, plan, scale_fmt=fp8.scale_fmt if fp8 else None):
             pass
-        finish_folder(partial, plan, config_json)
+        finish_folder(partial, plan, config_json, carried)
         os.rename(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

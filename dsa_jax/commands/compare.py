@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dsa_jax.config import ModelConfig
-    from dsa_jax.parity.report import Report
+    from dsa_jax.parity.report import Report, Tolerance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,14 +73,14 @@ class Compare:
     """On bad input, show where the error arose."""
 
     def run(self) -> int:
+        tolerance = self._tolerance()
+        self._refuse_contradictions()
         if self.checkpoint is not None:
             return self._compare_weights(self.checkpoint)
         from dsa_jax.checkpoint import load_params
         from dsa_jax.parity.compare import compare, run_ours
         from dsa_jax.parity.reference import transformers_reference
-        from dsa_jax.parity.report import Tolerance
 
-        self._refuse_contradictions()
         config = self._config()
         vectors = None if self.vectors is None else read_vectors(self.vectors)
         tokens = self._tokens(config) if vectors is None else vectors["input_ids"]
@@ -90,12 +90,6 @@ class Compare:
             reference = transformers_reference(self.model, tokens, ours if self.same_keys else None)
         else:
             reference = vectors
-        tolerance = Tolerance(
-            logits=self.logits,
-            index_scores=self.index_scores,
-            topk_equal=self.topk_equal,
-            experts_equal=self.experts_equal,
-        )
         report = compare(ours, reference, tolerance)
         _print(report, tokens.shape[1], config.index_topk)
         if self.json is not None:
@@ -108,9 +102,25 @@ class Compare:
             write_text(self.json, json.dumps(run | json.loads(report.to_json()), indent=2) + "\n")
         return 1 if report.failures else 0
 
+    def _tolerance(self) -> "Tolerance":
+        from dsa_jax.parity.report import Tolerance
+
+        return Tolerance(
+            logits=self.logits,
+            index_scores=self.index_scores,
+            topk_equal=self.topk_equal,
+            experts_equal=self.experts_equal,
+        )
+
     def _refuse_contradictions(self) -> None:
-        if self.vectors is None and (self.seq_len < 1 or self.batch < 1):
+        if self.seq_len < 1 or self.batch < 1:
             raise ValueError(f"--seq-len and --batch must be positive, got {self.seq_len} and {self.batch}")
+        if self.seq_len * self.batch >= 2**31:
+            raise ValueError(
+                f"--seq-len times --batch must be below 2**31 tokens, got {self.seq_len} x {self.batch}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}")
         if self.vectors is not None and (self.same_keys or self.text is not None):
             raise ValueError("--same-keys and --text go with --reference transformers, not with --vectors")
         if self.vectors is not None and self.reference is not None:
@@ -133,12 +143,20 @@ class Compare:
         """[batch seq_len], random or from --text."""
         import numpy as np
 
+        if self.seq_len > config.max_seq_len:
+            raise ValueError(
+                f"--seq-len must be at most the model's max_seq_len={config.max_seq_len}, got {self.seq_len}"
+            )
         if self.text is None:
             return np.random.default_rng(self.seed).integers(0, config.vocab_size, (self.batch, self.seq_len))
         tokenizer = read_tokenizer(self.model)
         if tokenizer is None:
             raise ValueError(f"--text needs tokenizer.json in {self.model}, which has none")
-        ids = tokenizer.encode(self.text.read_text(encoding="utf-8")).ids
+        try:
+            text = self.text.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.text} is not UTF-8 text ({error}); --text takes a text file") from error
+        ids = tokenizer.encode(text).ids
         if self.batch != 1 or len(ids) < self.seq_len:
             raise ValueError(
                 f"--text gives one sequence of {len(ids)} tokens, got --batch {self.batch} --seq-len {self.seq_len}"

@@ -78,9 +78,11 @@ class Convert:
         return 0
 
     def _dry_run(self) -> int:
+        from dsa_jax.checkpoint.conversion import check_memory
         from dsa_jax.checkpoint.dry_run import dry_run
         from dsa_jax.checkpoint.request import Request
 
+        check_memory(parse_size("--max-memory", self.max_memory))
         report = dry_run(Request(source=self.source.resolve(), **self._choices()))
         for line in report.lines():
             print(line)

@@ -7,7 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dsa_jax.commands.inputs import checked_folder, decode, encode, parse_ids, read_tokenizer
+from dsa_jax.commands.inputs import (
+    checked_folder,
+    decode,
+    encode,
+    parse_ids,
+    read_tokenizer,
+    tokenizer_if_readable,
+)
 from dsa_jax.commands.outputs import write_text
 
 if TYPE_CHECKING:
@@ -28,7 +35,8 @@ class Generate:
     prompt: str | None = None
     """Text to continue. The begin-of-text token of config.json is put in front if it is not there."""
     token_ids: str | None = None
-    """Instead of --prompt: token ids, separated by commas. Taken as they are."""
+    """Instead of --prompt: token ids, separated by commas. Taken as they are; tokenizer.json is needed only to print
+    the new tokens as text."""
     max_new_tokens: int
     """Stop after this many new tokens."""
     temperature: float = 0.0
@@ -58,18 +66,20 @@ class Generate:
 
     def run(self) -> int:
         from dsa_jax.checkpoint import load_params
-        from dsa_jax.generate import Sampling, stream
+        from dsa_jax.generate import Sampling, check_request, stream
 
         if (self.prompt is None) == (self.token_ids is None):
             raise ValueError("give either --prompt TEXT or --token-ids 1,2,3, and not both")
+        sampling = Sampling(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed)
         config = self._config()
-        tokenizer = read_tokenizer(self.model)
         if self.token_ids is not None:
             prompt = parse_ids(self.token_ids, config)
+            tokenizer = tokenizer_if_readable(self.model)
         else:
+            tokenizer = read_tokenizer(self.model)
             prompt = encode(self.prompt or "", tokenizer, config)
         stop = config.eos_token_ids if self.stop is None else parse_ids(self.stop.replace("none", ""), config)
-        sampling = Sampling(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed)
+        check_request([prompt], config, self.max_new_tokens)
 
         started = time.perf_counter()
         params = load_params(self.model, config, keep_fp8=self.dtype == "fp8")

@@ -3,6 +3,7 @@
 Every function raises ValueError or FileNotFoundError, one sentence, for what it cannot use.
 """
 
+import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from dsa_jax.config import ModelConfig
 
+_LFS_POINTER = b"version https://git-lfs"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -38,6 +40,8 @@ def check_tokens(tokens: "np.ndarray", config: "ModelConfig") -> None:
     """tokens: [B T] ids of the vocabulary, T at most max_seq_len."""
     if tokens.ndim != 2 or tokens.size == 0:
         raise ValueError(f"tokens must be [batch, length] with at least one token, got shape {tokens.shape}")
+    if tokens.dtype.kind not in "iu":
+        raise ValueError(f"token ids must be whole numbers, got an array of {tokens.dtype}")
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise ValueError(
             f"token ids must lie in [0, vocab_size={config.vocab_size}), got {tokens.min()} .. "
@@ -50,13 +54,40 @@ def check_tokens(tokens: "np.ndarray", config: "ModelConfig") -> None:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer.json, or None."""
-    from tokenizers import Tokenizer
-
+    """The folder's tokenizer.json, or None if there is none."""
     path = folder / "tokenizer.json"
     if (folder / "dsa_jax.json").is_file():  # `convert` carries it along
         path = folder / "hf" / "tokenizer.json"
-    return Tokenizer.from_file(str(path)) if path.is_file() else None
+    return open_tokenizer(path) if path.is_file() else None
+
+
+def tokenizer_if_readable(folder: Path) -> Any:
+    """As `read_tokenizer`, for output alone: a file that cannot be read gives None and a note on standard error."""
+    try:
+        return read_tokenizer(folder)
+    except ValueError as error:
+        print(f"note: {error}; new tokens are printed as ids", file=sys.stderr)
+        return None
+
+
+def open_tokenizer(path: Path) -> Any:
+    """The tokenizer in this file. Raises ValueError for a file that is none, OSError for one that is not there."""
+    from tokenizers import Tokenizer, __version__
+
+    with path.open("rb") as stream:
+        start = stream.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the tokenizer itself: run `git lfs pull` in its folder, or download "
+            "the file again"
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower class for a file that it cannot parse
+        raise ValueError(
+            f"{path} is not a tokenizer that tokenizers {__version__} can read ({error}): download the file again, or "
+            "install the version of tokenizers that wrote it"
+        ) from error
 
 
 def encode(text: str, tokenizer: Any, config: "ModelConfig") -> tuple[int, ...]:

@@ -17,6 +17,14 @@ class Tolerance:
     topk_equal: float = 1.0  # smallest fraction of queries whose set of keys is the same
     experts_equal: float = 1.0  # smallest fraction of tokens whose set of experts is the same
 
+    def __post_init__(self) -> None:
+        for name in ("logits", "index_scores"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        for name in ("topk_equal", "experts_equal"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a fraction within [0, 1], got {getattr(self, name)}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerReport:

@@ -75,6 +75,30 @@ def test_truncation_keeps_the_smallest_sufficient_set():
     assert kept([0.0, 0.0, 0.0], top_k=2) == [0, 1]
 
 
+def test_top_p_that_the_first_tokens_reach_exactly_keeps_no_further_one():
+    """Four quarters have exact partial sums, so that `<=` in place of `<` would keep one token more."""
+    assert kept([0.0] * 4, top_p=0.25) == [0]
+    assert kept([0.0] * 4, top_p=0.5) == [0, 1]
+    assert kept([0.0] * 4, top_p=0.75) == [0, 1, 2]
+
+
+def test_temperature_applies_before_top_p():
+    """p = [.5, .3, .2] at T = 0.5 is [.66, .24, .11]: the first token alone reaches 0.6."""
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.2]]))
+    for temperature, expected in ((0.5, [0]), (1.0, [0, 1]), (4.0, [0, 1])):
+        left = truncate(logits, Sampling(temperature=temperature, top_p=0.6))
+        assert np.flatnonzero(np.isfinite(np.asarray(left)[0])).tolist() == expected
+
+
+def test_each_row_of_a_batch_draws_with_a_key_of_its_own():
+    sampling = Sampling(temperature=2.0, seed=3)
+    rows = generate(PARAMS, CONFIG, [PROMPT[:8]] * 3, max_new_tokens=8, sampling=sampling)
+    assert len({tuple(row) for row in rows}) == 3
+    other_prompt = [PROMPT[:8], PROMPT[5:20], PROMPT[:8]]
+    again = generate(PARAMS, CONFIG, other_prompt, max_new_tokens=8, sampling=sampling)
+    assert (again[0], again[2]) == (rows[0], rows[2])
+
+
 def test_sampling_frequencies_follow_the_temperature():
     logits = jnp.log(jnp.asarray([0.5, 0.25, 0.25]))
     drawn = jax.random.categorical(

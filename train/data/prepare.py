@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from dsa_jax.commands.inputs import open_tokenizer
 from train.data.documents import SUFFIXES, Document, read_source, split_documents, without_repeats
 from train.data.tokenizer import special_ids, train_tokenizer
 
@@ -82,12 +83,10 @@ def prepare(
 
 def tokenizer_for(documents: Sequence[Document], vocab_size: int, file: Path | None) -> Any:
     """The tokenizer of ``file``, or one trained on the documents. Special tokens written in a text stay text."""
-    from tokenizers import Tokenizer
-
     if file is None:
         tokenizer = train_tokenizer([document.text for document in documents], vocab_size)
     else:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = open_tokenizer(file)
     tokenizer.encode_special_tokens = True
     return tokenizer
 
