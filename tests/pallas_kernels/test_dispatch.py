@@ -1,9 +1,7 @@
 """Which implementation runs, and what a JAX release that breaks a kernel does to the default."""
 
-import importlib
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,6 @@ import pallas_kernels as pk
 from pallas_kernels import dispatch as module
 from pallas_kernels.dispatch import Kernel, dispatch, has_kernel
 
-BROKEN = "broken_kernel"  # a module that stands in for a kernel's
 ALL_VERSIONS = ("0.1", "9999")
 
 
@@ -105,45 +102,69 @@ def test_an_error_of_mlir_falls_back(on_gpu, caplog):
     assert "failed with MLIRError" in message and "\n" not in message
 
 
-# A private name that a release removed, in the real kernels
-
-
-@pytest.fixture
-def without_thread_code(monkeypatch):
-    """``jax.experimental.pallas.mosaic_gpu`` without the names that our kernels use; the kernels not imported yet."""
-    monkeypatch.setenv(module.ANY_JAX_VERSION, "1")
-    for name in [n for n in sys.modules if n.startswith("pallas_kernels.") and "mosaic_gpu" in n]:
-        monkeypatch.delitem(sys.modules, name)
-        package, _, child = name.rpartition(".")
-        monkeypatch.delattr(importlib.import_module(package), child, raising=False)
-    empty = types.ModuleType("jax.experimental.pallas.mosaic_gpu")
-    monkeypatch.setitem(sys.modules, empty.__name__, empty)
-    monkeypatch.setattr("jax.experimental.pallas.mosaic_gpu", empty, raising=False)
-
-
-def test_a_private_name_that_is_gone_falls_back(on_gpu, without_thread_code, caplog):
-    """Whether the name is missed while the module is imported or while the kernel is built."""
-    scores, k = jnp.asarray([[[3.0, 1.0, 2.0]]]), 2
-    for _ in range(2):
-        assert pk.select_topk(scores, k).tolist() == [[[0, 2]]]
-    (message,) = messages(caplog)
-    assert message.startswith("select_topk: using 'xla', because 'mosaic_gpu'")
-    with pytest.raises((NotImplementedError, AttributeError)):
-        pk.select_topk(scores, k, implementation="mosaic_gpu")
+# Names that a JAX release removed
 
 
 @pytest.mark.parametrize(
-    ("operation", "check"),
+    ("line", "message"),
     [
-        ("sparse_mla", lambda name: pk.sparse_mla_has_kernel(512, 64, jnp.dtype(jnp.bfloat16), name)),
-        ("index_scores", lambda name: pk.index_scores_has_kernel(64, 128, jnp.dtype(jnp.bfloat16), name)),
+        ("jax.numpy.NO_SUCH_NAME", "failed with AttributeError: "),
+        ("from jax._src import no_such_name", "cannot: broken_kernel cannot be imported: "),
+        ("jax.jit(no_such_option=1)", "failed with TypeError: "),
     ],
 )
-def test_the_model_is_told_that_a_broken_kernel_does_not_run(
-    on_gpu, without_thread_code, caplog, operation, check
+def test_a_kernel_module_that_breaks_when_imported_falls_back(
+    on_gpu, monkeypatch, tmp_path, caplog, line, message
 ):
-    assert not check(None)
-    assert messages(caplog)[0].startswith(f"{operation}: using 'xla', because 'mosaic_gpu'")
+    (tmp_path / "broken_kernel.py").write_text(f"import jax\n\n{line}\n\nkernel = abs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    kernel = Kernel("broken_kernel", "kernel", tested=ALL_VERSIONS)
+    for _ in range(2):
+        assert dispatch("operation", {"xla": abs, "mosaic_gpu": kernel}, None, -3) == 3
+        assert not has_kernel("operation", {"mosaic_gpu": kernel}, None, -3)
+    (found,) = messages(caplog)
+    assert found.startswith(f"operation: using 'xla', because 'mosaic_gpu' {message}")
+    with pytest.raises((NotImplementedError, AttributeError, TypeError)):
+        dispatch("operation", {"xla": abs, "mosaic_gpu": kernel}, "mosaic_gpu", -3)
+
+
+@pytest.fixture
+def without_pallas_for_gpus(monkeypatch):
+    """``jax.experimental.pallas.mosaic_gpu`` has moved, and none of our kernels is imported yet."""
+    monkeypatch.setenv(module.ANY_JAX_VERSION, "1")
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.mosaic_gpu", None)
+    monkeypatch.delattr("jax.experimental.pallas.mosaic_gpu", raising=False)
+    imported = remove_kernels()
+    yield
+    remove_kernels()
+    for name, kernel in imported.items():
+        sys.modules[name] = kernel
+        package, _, child = name.rpartition(".")
+        setattr(sys.modules[package], child, kernel)
+
+
+def remove_kernels():
+    """Forgets the imported Hopper kernels, as if the process had just started, and returns their modules by name."""
+    ours = [n for n in sys.modules if n.startswith("pallas_kernels.")]
+    names = [n for n in ours if "mosaic_gpu" in n or ".hopper." in n]
+    for name in names:
+        package, _, child = name.rpartition(".")
+        vars(sys.modules[package]).pop(child, None)
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def test_the_real_kernels_fall_back_where_their_imports_fail(on_gpu, without_pallas_for_gpus, caplog):
+    scores, bfloat16 = jnp.asarray([[[3.0, 1.0, 2.0]]]), jnp.dtype(jnp.bfloat16)
+    for _ in range(2):
+        assert pk.select_topk(scores, 2).tolist() == [[[0, 2]]]
+        assert not pk.sparse_mla_has_kernel(512, 64, bfloat16)
+        assert not pk.index_scores_has_kernel(64, 128, bfloat16)
+    found = [message.partition(" cannot: ") for message in messages(caplog)]
+    operations = ("select_topk", "sparse_mla", "index_scores")
+    assert [start for start, _, _ in found] == [f"{o}: using 'xla', because 'mosaic_gpu'" for o in operations]
+    assert all("cannot be imported" in reason for _, _, reason in found)
+    with pytest.raises(NotImplementedError, match="cannot be imported"):
+        pk.select_topk(scores, 2, implementation="mosaic_gpu")
 
 
 # Versions

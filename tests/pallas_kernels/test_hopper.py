@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: private names are in one module, and one that a JAX release removes fails its import."""
+"""What the Hopper kernels share: private names stand in one module; if a JAX release removes one, its import fails."""
 
 import ast
 import importlib.util
