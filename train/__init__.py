@@ -6,19 +6,18 @@ weight decay off norms, biases and whatever the loss does not reach. With a conf
 
     import jax
     import optax
-    from dsa_jax.mla import for_training
-    from dsa_jax.transformer import Transformer
-    from train.loss import cross_entropy, final_hidden
+    from dsa_jax import Transformer, for_training
+    from train.loss import cross_entropy
     from train.optimizer import decay_mask
 
     def fit(config, params, batches):
-        config = for_training(config, batches[0]["tokens"].shape[1])
+        model = Transformer(for_training(config, batches[0]["tokens"].shape[1]))
         optimizer = optax.adamw(3e-3, weight_decay=0.1, mask=decay_mask)
 
         def loss_of(params, batch):
-            _, _, aux = Transformer(config).apply(params, batch["tokens"], segment_ids=batch["segment_ids"])
-            hidden, head = final_hidden(aux, params["params"], config), params["params"]["head"]
-            ce = cross_entropy(hidden, head, batch["targets"])
+            tokens, documents = batch["tokens"], batch["segment_ids"]
+            _, _, aux = model.apply(params, tokens, segment_ids=documents, return_logits=False)
+            ce = cross_entropy(aux["final_hidden"], params["params"]["head"], batch["targets"])
             return (ce + aux["index_loss"].sum()) / (batch["targets"] >= 0).sum()
 
         @jax.jit
