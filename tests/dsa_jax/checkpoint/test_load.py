@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsa_jax.checkpoint import ReadCount, convert, load_config, load_params, names, write_hf
 from dsa_jax.checkpoint.hf_reader import HfFolder
 from dsa_jax.config import tiny
-from dsa_jax.demo.demo import NANO
+from dsa_jax.demo.model import NANO
 from dsa_jax.fp8.weight import Fp8Weight
 from dsa_jax.sharding import RULES, batch_sharding, make_mesh, param_shardings, use_rules
 from dsa_jax.transformer import Transformer
