@@ -9,7 +9,8 @@ import pytest
 from flax import traverse_util
 
 from dsa_jax.checkpoint import convert, load_config, load_params, write_hf
-from tests.train.small import CONFIG, initial, same_bits, small_run
+from tests.train.same import same_bits
+from tests.train.small import CONFIG, initial, small_run
 from train.checkpoint import Checkpoints
 from train.config import Lora, Source, dense, to_json
 from train.export import carried_files, main
