@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: where private names stand, and what happens when a JAX release removes one."""
+"""What the Hopper kernels share: private names are in one module; one that JAX removes fails its import."""
 
 import ast
 import importlib.util
