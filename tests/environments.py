@@ -41,7 +41,9 @@ class Environment:
     purpose: str
     markers: str  # pytest -m
     paths: tuple[str, ...]
-    without: str = ""  # the environment in whose absence this one runs everything
+    without: str = (
+        ""  # the environment in whose absence this one runs everything; with --slow, all of its paths
+    )
 
     @property
     def constraints(self) -> Path:
@@ -77,7 +79,7 @@ ENVIRONMENTS = (
         newest=(3, 11),
         extras="demo,test,tpu,parity",
         purpose="the oldest JAX; parity with live PyTorch",
-        markers="",
+        markers="parity",
         paths=("tests/dsa_jax",),
         without="py312",
     ),
@@ -140,7 +142,8 @@ def lint(python: Path) -> bool:
 
 def run(environment: Environment, python: Path, everything: bool, slow: bool) -> tuple[bool, str]:
     """(whether all tests passed, a line with the counts)."""
-    markers = [] if everything else [environment.markers]
+    whole = everything or (slow and bool(environment.without))
+    markers = [] if whole else [environment.markers]
     markers = " and ".join(filter(None, [*markers, "" if slow else "not slow"]))
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
