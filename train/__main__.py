@@ -13,10 +13,10 @@ With several hosts: --distributed, or --coordinator, --num-processes and --proce
 
 import dataclasses
 import inspect
-import os
 import sys
 from pathlib import Path
 
+from dsa_jax.commands.errors import run_command
 from train.config import Lora, MeshSpec, Run, to_json
 from train.distributed import Hosts, connected, exit_code
 from train.runs import RUNS
@@ -61,20 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
         described, prog="python -m train", description=__doc__, args=arguments
     )
     name = arguments[0]
-    show = options.traceback or os.environ.get("DSA_JAX_TRACEBACK")
     from train.initial import from_checkpoint
     from train.trainer import Stopped, train
 
-    try:
+    def start() -> int:
         run = from_checkpoint(options.changed_run())
         with connected(options, to_json(run)):
             train(run, options.folder or Path("runs") / name)
-    except (ValueError, NotImplementedError, FloatingPointError, OSError, Stopped) as error:
-        if show:
-            raise
-        print(f"python -m train: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError | Stopped) else 2
-    return 0
+        return 0
+
+    failures = (FloatingPointError, Stopped)
+    return run_command("python -m train", start, traceback=options.traceback, failures=failures)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from dsa_jax.checkpoint import write_hf
 from dsa_jax.checkpoint.open_checkpoint import files_to_carry
+from dsa_jax.commands.errors import run_command
 from dsa_jax.config import ModelConfig
 from train.checkpoint import Checkpoints
 from train.config import Run, from_json
@@ -93,12 +94,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("fp8", "bfloat16", "float32"), default="fp8")
     parser.add_argument("--max-shard-bytes", type=int, default=16_000_000)
     options = parser.parse_args(arguments)
-    try:
+
+    def write() -> int:
         export(options.run, options.out, options.dtype, options.max_shard_bytes)
-    except ValueError as error:
-        print(f"python -m train.export: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command("python -m train.export", write)
 
 
 if __name__ == "__main__":

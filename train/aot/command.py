@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from dsa_jax.commands.errors import run_command
 from train.aot.chips import CHIPS
 from train.aot.choosing import Estimate, ranked
 from train.aot.compiling import child_environment
@@ -78,16 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")  # leaves an attached TPU alone
-    try:
+
+    def start() -> int:
         chip, count = chip_and_count(options.topology)
         if CHIPS[chip].is_gpu and len(jax.devices("cpu")) != count:
             return in_another_process(arguments, count)
         return run(options, Console(width=None if sys.stdout.isatty() else 120))
-    except (ValueError, NotImplementedError, OSError, ImportError) as error:
-        if options.traceback or os.environ.get("DSA_JAX_TRACEBACK"):
-            raise
-        print(f"dsa-jax aot: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+
+    return run_command("dsa-jax aot", start, traceback=options.traceback)
 
 
 def in_another_process(arguments: Sequence[str], n_devices: int) -> int:

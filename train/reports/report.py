@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dsa_jax.commands.errors import run_command
 from train.reports.figures import FIGURES
 from train.reports.record import Line, Record, moment, read_run
 
@@ -132,13 +133,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad input or no matplotlib."""
     parser = argparse.ArgumentParser(prog="python -m train.reports", description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder of a run")
-    try:
-        paths = write_report(parser.parse_args(arguments).run_dir)
-    except (ValueError, NotImplementedError, OSError) as error:
-        print(f"python -m train.reports: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(str(path) for path in paths))
-    return 0
+    options = parser.parse_args(arguments)
+
+    def write() -> int:
+        print("\n".join(str(path) for path in write_report(options.run_dir)))
+        return 0
+
+    return run_command("python -m train.reports", write)
 
 
 if __name__ == "__main__":
