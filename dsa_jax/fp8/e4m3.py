@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 128
+from pallas_kernels.arithmetic import WEIGHT_BLOCK
+
+BLOCK = WEIGHT_BLOCK
 E4M3_MAX = 448.0
 """The largest finite value; there is no infinity, and what rounds above it is NaN."""
 SMALLEST_AMAX = 1e-4

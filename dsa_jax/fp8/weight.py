@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsa_jax.fp8.e4m3 import BLOCK
+from pallas_kernels.arithmetic import dequantize_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,15 +28,8 @@ class Fp8Weight:
         return self.values.shape
 
     def dequantize(self, dtype: jnp.dtype) -> jax.Array:
-        """Each value times the scale of its block, in float32, then cast (weight_dequant of inference/kernel.py).
-
-        The last block of an axis may be ragged, so the block size cannot be read off the shapes.
-        """
-        scales = self.scales
-        for axis, size in ((-2, self.shape[-2]), (-1, self.shape[-1])):
-            scales = jnp.repeat(scales, BLOCK, axis=axis)
-            scales = jax.lax.slice_in_dim(scales, 0, size, axis=scales.ndim + axis)
-        return (self.values.astype(jnp.float32) * scales).astype(dtype)
+        """Each value times the scale of its block, in float32, then cast (weight_dequant of inference/kernel.py)."""
+        return dequantize_blocks(self.values, self.scales, dtype)
 
 
 jax.tree_util.register_dataclass(Fp8Weight, data_fields=["values", "scales"], meta_fields=[])
