@@ -81,12 +81,9 @@ def dispatch(
     name = PREFERRED.get(jax.default_backend())
     if name is None:
         return implementations["xla"](*args, **kwargs)
-    reason = _unavailable(implementations, name)
+    result, reason = _attempt(implementations, name, lambda kernel: kernel(*args, **kwargs))
     if reason is None:
-        try:
-            return implementations[name](*args, **kwargs)
-        except _failures() as error:
-            reason = _failed(name, error)
+        return result
     _log_once(logging.WARNING, f"{operation}: using 'xla', because {reason}")
     return implementations["xla"](*args, **kwargs)
 
@@ -101,12 +98,11 @@ def dispatch_at_lowering(
     """
     if implementation is not None:
         return _named(operation, implementations, implementation)(*args)
-    xla, reason = implementations["xla"], _unavailable(implementations, "mosaic_tpu")
+    xla = implementations["xla"]
+    by_platform = lambda kernel: lax.platform_dependent(*args, tpu=kernel, default=xla)  # noqa: E731
+    result, reason = _attempt(implementations, "mosaic_tpu", by_platform)
     if reason is None:
-        try:
-            return lax.platform_dependent(*args, tpu=implementations["mosaic_tpu"], default=xla)
-        except _failures() as error:
-            reason = _failed("mosaic_tpu", error)
+        return result
     level = logging.WARNING if jax.default_backend() == "tpu" else logging.INFO
     _log_once(level, f"{operation}: using 'xla' on TPU too, because {reason}")
     return xla(*args)
@@ -129,15 +125,22 @@ def has_kernel(operation: str, checks: Implementations, implementation: str | No
     name = PREFERRED.get(jax.default_backend())
     if name is None or name not in checks:
         return False
-    reason = _unavailable(checks, name)
-    if reason is None:
-        try:
-            checks[name](*args)
-            return True
-        except _failures() as error:
-            reason = _failed(name, error)
-    _log_once(logging.WARNING, f"{operation}: using 'xla', because {reason}")
-    return False
+    _, reason = _attempt(checks, name, lambda check: check(*args))
+    if reason is not None:
+        _log_once(logging.WARNING, f"{operation}: using 'xla', because {reason}")
+    return reason is None
+
+
+def _attempt(
+    implementations: Implementations, name: str, call: Callable[[Callable[..., Any]], Any]
+) -> tuple[Any, str | None]:
+    """(what ``call`` returns for the implementation, None), or (None, why ``implementation=None`` cannot use it)."""
+    if (reason := _unavailable(implementations, name)) is not None:
+        return None, reason
+    try:
+        return call(implementations[name]), None
+    except _failures() as error:
+        return None, _failed(name, error)
 
 
 def _failures() -> tuple[type[Exception], ...]:
