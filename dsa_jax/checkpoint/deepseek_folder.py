@@ -198,10 +198,15 @@ def load_deepseek_config(path: Path, config_file: Path | None = None, **switches
     return ModelConfig(**(_fields(values, config_file) | switches))
 
 
+def deepseek_files(path: Path) -> tuple[Path, ...]:
+    """Tokenizer files of a folder; its config.json is none of Hugging Face's."""
+    return tuple(file for file in carried_files(path) if not file.name.startswith("config"))
+
+
 def deepseek_carried(folder: DeepSeekFolder) -> Carried:
     """What a conversion of the folder passes on: tokenizer files, and no Hugging Face config.json."""
     return Carried(
-        files=tuple(file for file in carried_files(folder.path) if not file.name.startswith("config")),
+        files=deepseek_files(folder.path),
         stored={name: entry.dtype for name, entry in folder.entries.items()},
     )
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from dsa_jax.checkpoint.deepseek_folder import (
     DeepSeekFolder,
     deepseek_carried,
+    deepseek_files,
     is_deepseek,
     load_deepseek_config,
 )
@@ -115,7 +116,7 @@ def files_to_carry(path: Path) -> tuple[Path, ...]:
     kind = kind_of(path)
     if kind == "orbax":
         return orbax_carried(path).files
-    return tuple(file for file in carried_files(path) if kind == "hf" or not file.name.startswith("config"))
+    return carried_files(path) if kind == "hf" else deepseek_files(path)
 
 
 def _with_indexer(path: Path, config_file: Path, ignore: Iterable[str]) -> Checkpoint:
