@@ -201,9 +201,8 @@ def _sum_of_experts(
     group_sizes = jnp.bincount(experts.reshape(-1), length=n_experts).astype(jnp.int32)
     in_group = None if all_held else (jnp.arange(B * T * A) < group_sizes.sum())[:, None]
 
-    def grouped(
-        rows: jax.Array,
-    ) -> jax.Array:  # rows after the last group are undefined in a grouped product, and in its gradient
+    def grouped(rows: jax.Array) -> jax.Array:
+        """Rows after the last group are undefined in a grouped product, and in its gradient."""
         return rows if in_group is None else jnp.where(in_group, rows, 0)
 
     tokens = grouped(x.reshape(B * T, D)[by_expert // A])
