@@ -29,7 +29,8 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 # Fails where `python -m venv` would: Debian's python3 lacks ensurepip until python3-venv is installed.
-PROBE = "import ensurepip, sys; print(*sys.version_info[:2], sys.executable)"
+# The real path: another spelling of the same Python must not install everything again.
+PROBE = "import ensurepip, os, sys; print(*sys.version_info[:2], os.path.realpath(sys.executable))"
 
 
 @dataclasses.dataclass(frozen=True)
