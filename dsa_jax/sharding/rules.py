@@ -66,14 +66,14 @@ PARAMETERS: dict[str, Axes] = {
 }
 
 # Logical axes that one operation of the model shards at the same time, so no mesh axis may serve two of them.
-_TOGETHER: set[Axes] = {
+_TOGETHER: tuple[Axes, ...] = (
     ("batch", "sequence", "heads"),  # attention
     ("batch", "queries"),  # selection and the index loss
     ("batch", "sequence", "ff"),  # feed-forward layers
     ("batch", "sequence", "vocab"),  # logits
     ("rows", "sequence", "experts", "ff"),  # experts, where all experts' devices see the same rows
-    *PARAMETERS.values(),
-}
+    *dict.fromkeys(PARAMETERS.values()),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
