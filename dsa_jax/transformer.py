@@ -151,11 +151,9 @@ class Transformer(nn.Module):
         owner = self if c.mtp_shared_embeddings else self.mtp
         keys = None if cache is None else cache.keys
         valid = shared.placement.valid[..., None]
-        pair = (
-            jnp.where(valid, x, 0)
-            for x in (hidden.astype(c.dtype), lookup(owner.embed, next_tokens, c.dtype))
-        )
-        out, keys, aux = self.mtp(*pair, keys, *shared, capture)
+        hidden = jnp.where(valid, hidden.astype(c.dtype), 0)
+        embedded = jnp.where(valid, lookup(owner.embed, next_tokens, c.dtype), 0)
+        out, keys, aux = self.mtp(hidden, embedded, keys, *shared, capture)
         new_cache = _with_keys(new_cache, keys)
         aux |= {"hidden": out, "final_hidden": _nan_if_full(out, new_cache)}
         if not return_logits:
