@@ -97,7 +97,7 @@ def _all_rounds(
 
         now = (place >= i * capacity) & (place < (i + 1) * capacity)
         at = jnp.where(now, device * capacity + place - i * capacity, 0)
-        found = outputs.reshape(-1, D)[at].reshape(M, A, D)
+        found = jnp.where(now[:, None], outputs.reshape(-1, D)[at], 0).reshape(M, A, D)
         return (found.astype(jnp.float32) * jnp.where(now.reshape(M, A), weights, 0.0)[..., None]).sum(axis=1)
 
     # The checkpoint is around the condition: inside it, every round would save a copy of the experts' weights.

@@ -159,7 +159,7 @@ def routed_experts(
     @jax.checkpoint
     def one_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         x, own, weights = (array[None] for array in row)
-        return _sum_of_experts(x, own, weights, parameters, n_held, all_held=False)[0]
+        return _sum_of_experts(x, own, weights, parameters, n_held)[0]
 
     return lax.map(one_row, (x, own, weights))
 
@@ -180,7 +180,7 @@ def dispatched_experts(
 
     def apply(rows: jax.Array, held: jax.Array) -> jax.Array:
         one = jnp.ones((1, rows.shape[0], 1), jnp.float32)
-        found = _sum_of_experts(rows[None], held[None, :, None], one, parameters, n_held, all_held=False)
+        found = _sum_of_experts(rows[None], held[None, :, None], one, parameters, n_held)
         return found[0].astype(rows.dtype)
 
     return dispatch_and_combine(x, experts, weights, n_held, n_devices, apply)
@@ -192,23 +192,16 @@ def _sum_of_experts(
     weights: Float[Array, "B T A"],
     parameters: Parameters,
     n_experts: int,
-    all_held: bool = True,
 ) -> Float[Array, "B T D"]:
-    """Weighted sum over the experts of each token. Unless all_held, the number n_experts stands for none and adds 0."""
+    """Weighted sum over the experts of each token. The number n_experts stands for none and adds 0."""
     B, T, D = x.shape
     A = experts.shape[-1]
-    by_expert = jnp.argsort(experts.reshape(-1), stable=True)
+    by_expert = jnp.argsort(experts.reshape(-1), stable=True)  # rows of no expert come last, and give 0
     group_sizes = jnp.bincount(experts.reshape(-1), length=n_experts).astype(jnp.int32)
-    in_group = None if all_held else (jnp.arange(B * T * A) < group_sizes.sum())[:, None]
-
-    def grouped(rows: jax.Array) -> jax.Array:
-        """Rows after the last group are undefined in a grouped product, and in its gradient."""
-        return rows if in_group is None else jnp.where(in_group, rows, 0)
-
-    tokens = grouped(x.reshape(B * T, D)[by_expert // A])
-    gate = grouped(_grouped_linear(tokens, parameters["w_gate"], group_sizes))
-    hidden = _activate(gate, grouped(_grouped_linear(tokens, parameters["w_up"], group_sizes)))
-    outputs = grouped(_grouped_linear(hidden, parameters["w_down"], group_sizes))
+    tokens = x.reshape(B * T, D)[by_expert // A]
+    gate = _grouped_linear(tokens, parameters["w_gate"], group_sizes)
+    hidden = _activate(gate, _grouped_linear(tokens, parameters["w_up"], group_sizes))
+    outputs = _grouped_linear(hidden, parameters["w_down"], group_sizes)
     outputs = outputs[jnp.argsort(by_expert)].reshape(B, T, A, D)
     return (outputs.astype(jnp.float32) * weights[..., None]).sum(axis=2)
 
@@ -241,6 +234,7 @@ def balance_loss(
     """
     B, T, E = scores.shape
     weight = valid.astype(jnp.float32)[..., None]
+    scores = jnp.where(valid[..., None], scores, 0.0)
     n_valid = jnp.maximum(weight.sum(axis=1), 1.0)
     rows = jnp.arange(B)[:, None, None]
     chosen = jnp.zeros((B, E), jnp.float32).at[rows, experts].add(jnp.broadcast_to(weight, experts.shape))

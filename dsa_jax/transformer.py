@@ -92,7 +92,9 @@ class Transformer(nn.Module):
         if logits_at is not None and not return_logits:
             raise ValueError("logits_at needs return_logits=True, got False")
         shared, new_cache = self._place(tokens, positions, segment_ids, cache)
-        x = lookup(self.embed, tokens, c.dtype)
+        # Every product with a weight takes padding too, and its gradient: 0 adds nothing, whatever the token holds.
+        valid = shared.placement.valid[..., None]
+        x = jnp.where(valid, lookup(self.embed, tokens, c.dtype), 0)
         keys = None if cache is None else cache.keys
 
         auxes: list[Aux] = []
@@ -148,8 +150,10 @@ class Transformer(nn.Module):
         shared, new_cache = self._place(next_tokens, positions, segment_ids, cache)
         owner = self if c.mtp_shared_embeddings else self.mtp
         keys = None if cache is None else cache.keys
-        embedded = lookup(owner.embed, next_tokens, c.dtype)
-        out, keys, aux = self.mtp(hidden.astype(c.dtype), embedded, keys, *shared, capture)
+        valid = shared.placement.valid[..., None]
+        hidden = jnp.where(valid, hidden.astype(c.dtype), 0)
+        embedded = jnp.where(valid, lookup(owner.embed, next_tokens, c.dtype), 0)
+        out, keys, aux = self.mtp(hidden, embedded, keys, *shared, capture)
         new_cache = _with_keys(new_cache, keys)
         aux |= {"hidden": out, "final_hidden": _nan_if_full(out, new_cache)}
         if not return_logits:

@@ -32,9 +32,19 @@ def exponentials(logits: Array) -> tuple[Array, Array, Array]:
     return e, jnp.where(total == 0.0, 1.0, total), (jnp.log(total) + highest)[..., 0]
 
 
-def probabilities(logits: Array, lse: Array) -> Array:
-    """exp(logits - lse), 0 where lse is -inf because nothing is visible."""
-    return jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
+def probabilities(logits: Array, lse: Array, seen: Array) -> Array:
+    """exp(logits - lse), 0 where not seen, whatever the logits and lse are there."""
+    return jnp.where(seen, jnp.exp(logits - lse[..., None]), 0.0)
+
+
+def finite_rows(x: Array) -> tuple[Array, Array]:
+    """x with 0 for each row of its last axis that holds a NaN or an infinity, and NaN for these rows (0 for others).
+
+    A product sums over masked keys with a weight of 0, and 0 times NaN is NaN. With the first result it stays 0. The
+    second, added to the logits of the pairs that are seen, keeps a broken value from being hidden.
+    """
+    finite = jnp.isfinite(x).all(axis=-1)
+    return jnp.where(finite[..., None], x, 0), jnp.where(finite, 0.0, jnp.nan).astype(accumulator(x.dtype))
 
 
 def dequantize_blocks(

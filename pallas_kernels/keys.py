@@ -12,12 +12,15 @@ def visible(key_start: Int[Array, "B T"], key_stop: Int[Array, "B T"], n_keys: i
 
 
 def gather(keys: Float[Array, "B S X"], indices: Int[Array, "B T K"]) -> Float[Array, "B T K X"]:
-    """The listed keys. A -1 reads key 0, to which the caller must give no weight."""
-    return jax.vmap(lambda rows, i: rows[i])(keys, jnp.maximum(indices, 0))
+    """The listed keys, and 0 for a -1."""
+    found = jax.vmap(lambda rows, i: rows[i])(keys, jnp.maximum(indices, 0))
+    return jnp.where((indices >= 0)[..., None], found, jnp.zeros((), keys.dtype))
 
 
 def scatter_add(
     total: Float[Array, "B S X"], indices: Int[Array, "B T K"], update: Float[Array, "B T K X"]
 ) -> Float[Array, "B S X"]:
-    """Adds to the listed keys. A -1 adds to key 0, so the caller must make its update 0."""
-    return jax.vmap(lambda rows, i, x: rows.at[i].add(x))(total, jnp.maximum(indices, 0), update)
+    """Adds to the listed keys. The update of a -1 is dropped, whatever it is."""
+    nowhere = total.shape[1]
+    add = jax.vmap(lambda rows, i, x: rows.at[i].add(x, mode="drop"))
+    return add(total, jnp.where(indices < 0, nowhere, indices), update)

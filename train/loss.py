@@ -56,9 +56,12 @@ def cross_entropy_per_token(
         in_axes=((*per_token, None), (None, *vocab), vocab, per_token),
         out_axes=(*per_token, *vocab),
     )
-    head = gathered_matrix("head", head)
+    head, counted = gathered_matrix("head", head), targets >= 0
+    hidden = jnp.where(
+        counted[..., None], hidden, 0
+    )  # of the others nothing may reach the gradient of the head
     lse, highest, chosen = of_parts(hidden, head, jnp.arange(head.shape[1], dtype=jnp.int32), targets)
-    chosen, counted = chosen.sum(axis=-1), targets >= 0
+    chosen = chosen.sum(axis=-1)
     nats = jnp.where(counted, jax.nn.logsumexp(lse, axis=-1) - chosen, 0.0)
     return nats, counted & (chosen >= highest.max(axis=-1))
 

@@ -32,8 +32,8 @@ def grouped_matmul(
         group = searchsorted(last, arange(M), side="right")                 # of each row
         out = einsum("MX,MXY->MY", rows, weights.astype(rows.dtype)[group])
 
-    Rows behind the last group give anything, and so does their gradient. With ``weight_scales`` the weights are,
-    before all else, multiplied by the scale of their 128 x 128 block:
+    Rows behind the last group give 0 and have a gradient of 0, whatever they hold. With ``weight_scales`` the weights
+    are, before all else, multiplied by the scale of their 128 x 128 block:
 
         scales = repeat(repeat(weight_scales, 128, axis=1), 128, axis=2)[:, :X, :Y]
         weights = (weights.astype(float32) * scales).astype(rows.dtype)

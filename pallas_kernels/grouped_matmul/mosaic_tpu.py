@@ -39,7 +39,8 @@ def grouped_matmul(
 def _in_kernel(interpret, rows, weights, group_sizes):
     gmm, _ = megablox()
     with _precision(rows):
-        return gmm(rows, weights, group_sizes, rows.dtype, _tile, interpret=interpret)
+        out = gmm(rows, weights, group_sizes, rows.dtype, _tile, interpret=interpret)
+    return _in_groups(out, group_sizes)
 
 
 def _in_kernel_forward(interpret, *inputs):
@@ -53,10 +54,15 @@ def _in_kernel_backward(interpret, inputs, d_out):
     with _precision(rows):
         d_rows = gmm(d_out, weights, group_sizes, rows.dtype, transpose_rhs=True, **options)
         d_weights = tgmm(rows.T, d_out, group_sizes, weights.dtype, num_actual_groups=len(weights), **options)
-    return d_rows, d_weights, None
+    return _in_groups(d_rows, group_sizes), d_weights, None
 
 
 _in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
+
+
+def _in_groups(rows: Array, group_sizes: Array) -> Array:
+    """The kernel writes no row behind the last group; these are 0."""
+    return jnp.where((jnp.arange(rows.shape[0]) < group_sizes.sum())[:, None], rows, 0)
 
 
 def _precision(rows: Array) -> contextlib.AbstractContextManager[Any]:

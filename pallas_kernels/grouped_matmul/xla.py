@@ -30,7 +30,7 @@ def grouped_matmul(
         return tile @ _matrix(weights, weight_scales, group, rows.dtype)
 
     products = lax.map(one_tile, (_take(rows, source), groups))
-    return products.reshape(-1, products.shape[-1])[place]
+    return _take(products.reshape(-1, products.shape[-1]), place)
 
 
 def as_matrix(
@@ -63,7 +63,7 @@ def _backward(residuals, d_out):
 
     start = None if constant else jnp.zeros(weights.shape, jnp.float32)
     d_weights, d_tiles = lax.scan(one_tile, start, (_take(rows, source), _take(d_out, source), groups))
-    d_rows = d_tiles.reshape(-1, d_tiles.shape[-1])[place]
+    d_rows = _take(d_tiles.reshape(-1, d_tiles.shape[-1]), place)
     return d_rows, None if constant else d_weights.astype(weights.dtype), None, None
 
 
@@ -77,7 +77,7 @@ def _tiles(n_rows: int, group_sizes: Array) -> tuple[Array, Array, Array]:
 
     Returns:
       source [tiles size]: the row in each place, or n_rows where there is none; groups [tiles]: the group of each
-      tile; place [M]: where each row went.
+      tile; place [M]: where each row went, or tiles * size for a row behind the last group.
     """
     quarter = max(n_rows // (4 * group_sizes.shape[0]), 1)
     size = min(max(SMALLEST_TILE, 1 << quarter.bit_length() - 1), n_rows)
@@ -96,10 +96,12 @@ def _tiles(n_rows: int, group_sizes: Array) -> tuple[Array, Array, Array]:
     group = jnp.searchsorted(last_row, row, side="right")
     inside = row - (last_row - group_sizes)[group]
     place = (last_tile - tiles_of_group)[group] * size + inside
+    place = jnp.where(row < last_row[-1], place, n_tiles * size)
     return source, groups.astype(jnp.int32), place
 
 
 def _take(rows: Array, source: Array) -> Array:
+    """The rows of these numbers; 0 for a number beyond the last row."""
     return rows.at[source].get(mode="fill", fill_value=0)
 
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from pallas_kernels.arithmetic import accumulator, einsum, probabilities
+from pallas_kernels.arithmetic import accumulator, einsum, finite_rows, probabilities
 from pallas_kernels.blocking import block_of_heads, join_queries, map_query_blocks, split_queries
-from pallas_kernels.index_kl.divergence import Indexer, divergence, normalized
+from pallas_kernels.index_kl.divergence import Indexer, divergence, normalized, weighted_sum
 from pallas_kernels.keys import visible
 
 WIDE = 128  # queries per block at which keys are a small part of the traffic; more would leave few heads at a time
@@ -51,7 +51,7 @@ def loss(
         return divergence(_scores(Indexer(q, k, weights), seen, block.index_heads), p)[0]
 
     kl = map_query_blocks(block_kl, block.queries, q, weights, *_per_query(attention))
-    return (token_weights * kl).sum(), kl
+    return weighted_sum(kl, token_weights), kl
 
 
 def loss_and_gradients(
@@ -70,14 +70,15 @@ def loss_and_gradients(
         p = _target((q_nope, q_rope, lse), attention, seen, block.heads, scale)
         of_block = Indexer(q, k, weights)
         kl, softmax = divergence(_scores(of_block, seen, block.index_heads), p)
-        d_scores = jnp.where(seen, token_weights[..., None] * (softmax - p), 0.0)
-        d_q, d_k, d_weights = _add_gradients(d_k, d_scores, of_block, block.index_heads)
+        counted = seen & (token_weights != 0)[..., None]
+        d_scores = jnp.where(counted, token_weights[..., None] * (softmax - p), 0.0)
+        d_q, d_k, d_weights = _add_gradients(d_k, d_scores, counted, of_block, block.index_heads)
         return d_k, (kl, d_q, d_weights)
 
     xs = tuple(split_queries(x, block.queries) for x in (q, weights, token_weights, *_per_query(attention)))
     d_k, results = lax.scan(one_block, jnp.zeros(k.shape, accumulator(k.dtype)), xs)
     kl, d_q, d_weights = (join_queries(x, q.shape[1]) for x in results)
-    return (token_weights * kl).sum(), kl, Indexer(d_q, d_k.astype(k.dtype), d_weights)
+    return weighted_sum(kl, token_weights), kl, Indexer(d_q, d_k.astype(k.dtype), d_weights)
 
 
 def _per_query(attention: DenseAttention) -> tuple[Array, ...]:
@@ -108,8 +109,7 @@ def _target(
         first, q_nope, q_rope, lse = xs
         some_k = lax.dynamic_slice_in_dim(k_nope, first, heads, axis=2)
         logits = einsum("BNTP,BSNP->BNTS", q_nope, some_k) + einsum("BNTR,BSR->BNTS", q_rope, k_rope)
-        logits = jnp.where(seen[:, None], logits * scale, -jnp.inf)
-        return p + probabilities(logits, lse).sum(axis=1), None
+        return p + probabilities(logits * scale, lse, seen[:, None]).sum(axis=1), None
 
     groups = (jnp.arange(0, k_nope.shape[2], heads), *(_split_heads(x, heads) for x in queries))
     p, _ = lax.scan(some_heads, jnp.zeros(seen.shape, accumulator(k_nope.dtype)), groups)
@@ -131,21 +131,27 @@ def _scores(indexer: Indexer, seen: Bool[Array, "B T S"], heads: int) -> Float[A
 
 
 def _add_gradients(
-    d_k: Float[Array, "B S J"], d_scores: Float[Array, "B T S"], indexer: Indexer, heads: int
+    d_k: Float[Array, "B S J"],
+    d_scores: Float[Array, "B T S"],
+    counted: Bool[Array, "B T S"],
+    indexer: Indexer,
+    heads: int,
 ) -> Indexer:
     """Gradients of a block of queries; its gradient of k is added to ``d_k``.
 
-    The dots are computed a second time, because those of all heads would not fit.
+    The dots are computed a second time, because those of all heads would not fit. Of a broken row the scores, and so
+    ``d_scores``, are NaN already where it counts: the products then take 0 for it.
     """
     q, k, weights = indexer
+    finite_k, _ = finite_rows(k)
 
     def some_heads(d_k, xs):
         q, weights = xs
-        dots = einsum("BITJ,BSJ->BITS", q, k)
+        dots = jnp.where(counted[:, None], einsum("BITJ,BSJ->BITS", q, k), 0.0)
         d_weights = (jax.nn.relu(dots) * d_scores[:, None]).sum(axis=-1)
-        d_dots = jnp.where(dots > 0, weights[..., None] * d_scores[:, None], 0.0).astype(q.dtype)
-        d_q = einsum("BITS,BSJ->BITJ", d_dots, k).astype(q.dtype)
-        return d_k + einsum("BITS,BITJ->BSJ", d_dots, q), (d_q, d_weights)
+        d_dots = jnp.where(dots <= 0, 0.0, weights[..., None] * d_scores[:, None]).astype(q.dtype)
+        d_q = einsum("BITS,BSJ->BITJ", d_dots, finite_k).astype(q.dtype)
+        return d_k + einsum("BITS,BITJ->BSJ", d_dots, finite_rows(q)[0]), (d_q, d_weights)
 
     d_k, per_head = lax.scan(some_heads, d_k, (_split_heads(q, heads), _split_heads(weights, heads)))
     d_q, d_weights = (_join_heads(x) for x in per_head)

@@ -17,6 +17,11 @@ class Indexer(NamedTuple):
     weights: Float[Array, "B T I"]
 
 
+def weighted_sum(kl: Float[Array, "B T"], token_weights: Float[Array, "B T"]) -> Float[Array, ""]:
+    """The loss. A query with weight 0 is left out, whatever its kl is, and one without keys whatever its weight."""
+    return jnp.where((token_weights == 0) | (kl == 0), 0.0, token_weights * kl).sum()
+
+
 def normalized(p: Float[Array, "B T X"]) -> Float[Array, "B T X"]:
     """The target: sums to 1, or is 0 where a query has no keys."""
     total = p.sum(axis=-1, keepdims=True)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arithmetic import accumulator, einsum, probabilities
 from pallas_kernels.blocking import block_size, join_queries, map_query_blocks, split_queries
-from pallas_kernels.index_kl.divergence import Indexer, divergence, normalized
+from pallas_kernels.index_kl.divergence import Indexer, divergence, normalized, weighted_sum
 from pallas_kernels.keys import gather, scatter_add
 
 
@@ -38,7 +38,7 @@ def loss(
         return divergence(_scores(dots, weights, seen), p)[0]
 
     kl = map_query_blocks(block_kl, _queries_per_block(indexer, attention), q, weights, *per_query)
-    return (token_weights * kl).sum(), kl
+    return weighted_sum(kl, token_weights), kl
 
 
 def loss_and_gradients(
@@ -55,18 +55,21 @@ def loss_and_gradients(
         listed = gather(k, topk_indices)
         dots = einsum("BTIJ,BTKJ->BTIK", q, listed)
         kl, softmax = divergence(_scores(dots, weights, seen), p)
-        d_scores = jnp.where(seen, token_weights[..., None] * (softmax - p), 0.0)
+        counted = seen & (token_weights != 0)[..., None]
+        d_scores = jnp.where(counted, token_weights[..., None] * (softmax - p), 0.0)
+        dots = jnp.where(counted[:, :, None], dots, 0.0)
         d_weights = (jax.nn.relu(dots) * d_scores[:, :, None]).sum(axis=-1)
-        d_dots = jnp.where(dots > 0, weights[..., None] * d_scores[:, :, None], 0.0).astype(q.dtype)
-        d_q = einsum("BTIK,BTKJ->BTIJ", d_dots, listed)
-        d_k = scatter_add(d_k, topk_indices, einsum("BTIK,BTIJ->BTKJ", d_dots, q))
+        d_dots = jnp.where(dots <= 0, 0.0, weights[..., None] * d_scores[:, :, None]).astype(q.dtype)
+        d_q = einsum("BTIK,BTKJ->BTIJ", d_dots, jnp.where(counted[..., None], listed, 0))
+        d_listed = einsum("BTIK,BTIJ->BTKJ", d_dots, q)
+        d_k = scatter_add(d_k, jnp.where(counted, topk_indices, -1), d_listed)
         return d_k, (kl, d_q.astype(q.dtype), d_weights.astype(weights.dtype))
 
     block = _queries_per_block(indexer, attention)
     xs = tuple(split_queries(x, block) for x in (q, weights, token_weights, *_per_query(attention)))
     d_k, results = lax.scan(one_block, jnp.zeros(k.shape, accumulator(k.dtype)), xs)
     kl, d_q, d_weights = (join_queries(x, q.shape[1]) for x in results)
-    return (token_weights * kl).sum(), kl, Indexer(d_q, d_k.astype(k.dtype), d_weights)
+    return weighted_sum(kl, token_weights), kl, Indexer(d_q, d_k.astype(k.dtype), d_weights)
 
 
 def _keys(attention: SelectedAttention) -> Float[Array, "B S X"]:
@@ -88,8 +91,8 @@ def _queries_per_block(indexer: Indexer, attention: SelectedAttention) -> int:
 def _target(q_latent, q_rope, lse, gathered, seen, scale) -> Float[Array, "B T K"]:
     """The attention, summed over heads and normalised."""
     q = jnp.concatenate([q_latent, q_rope], axis=-1)
-    logits = jnp.where(seen[:, :, None], einsum("BTNX,BTKX->BTNK", q, gathered) * scale, -jnp.inf)
-    return normalized(probabilities(logits, lse).sum(axis=2))
+    logits = einsum("BTNX,BTKX->BTNK", q, gathered) * scale
+    return normalized(probabilities(logits, lse, seen[:, :, None]).sum(axis=2))
 
 
 def _scores(dots, weights, seen) -> Float[Array, "B T K"]:

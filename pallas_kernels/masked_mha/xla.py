@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.arithmetic import accumulator, einsum, exponentials, probabilities
+from pallas_kernels.arithmetic import accumulator, einsum, exponentials, finite_rows, probabilities
 from pallas_kernels.blocking import block_of_heads, block_size, join_queries, map_query_blocks, split_queries
 from pallas_kernels.keys import visible
 
@@ -45,18 +45,19 @@ def forward(operands: Operands, keys: VisibleKeys, *, scale: float) -> Results:
     q_nope, q_rope, k_nope, k_rope, v = operands
 
     def some_heads(per_head, per_row):
-        q, k, v = per_head
+        q, k, v, broken = per_head
 
         def attend(q, key_start, key_stop, *topk_indices):
             seen = _seen(key_start, key_stop, topk_indices, k.shape[1])
-            p, total, lse = exponentials(_logits(q, k, seen, scale))
+            logits = jnp.where(seen[:, None], _logits(q, k, scale) + _over_keys(broken), -jnp.inf)
+            p, total, lse = exponentials(logits)
             out = einsum("BNTS,BSNH->BNTH", p.astype(v.dtype), v) / total
             return jnp.moveaxis(out.astype(q.dtype), 1, 2), jnp.moveaxis(lse, 1, 2)
 
         return map_query_blocks(attend, _queries_per_block(q, k), q, *per_row)
 
     q = jnp.concatenate([q_nope, q_rope], axis=-1)
-    per_head = q, _keys(k_nope, k_rope), v
+    per_head = q, _keys(k_nope, k_rope), *finite_rows(v)
     return _map_heads(some_heads, per_head, _present(*keys))
 
 
@@ -68,29 +69,30 @@ def backward(
     sum_dtype = accumulator(q_nope.dtype)
 
     def some_heads(per_head, per_row):
-        q, k, v, out, lse, d_out, d_lse = per_head
+        q, k, v, broken_keys, out, lse, d_out, d_lse, broken = per_head
 
         def one_block(key_gradients, xs):
-            q, out, lse, d_out, d_lse, key_start, key_stop, *topk_indices = xs
-            seen = _seen(key_start, key_stop, topk_indices, k.shape[1])
-            p = probabilities(_logits(q, k, seen, scale), jnp.moveaxis(lse, 2, 1))
+            q, out, lse, d_out, d_lse, broken, key_start, key_stop, *topk_indices = xs
+            seen = _seen(key_start, key_stop, topk_indices, k.shape[1])[:, None]
+            logits = _logits(q, k, scale) + _over_keys(broken_keys)
+            p = probabilities(logits, jnp.moveaxis(lse + broken, 2, 1), seen)
             delta = (d_out.astype(sum_dtype) * out.astype(sum_dtype)).sum(axis=-1) - d_lse
             d_p = einsum("BTNH,BSNH->BNTS", d_out, v)
-            d_logits = p * (d_p - jnp.moveaxis(delta, 2, 1)[..., None]) * scale
+            d_logits = jnp.where(seen, p * (d_p - jnp.moveaxis(delta, 2, 1)[..., None]) * scale, 0.0)
             p, d_logits = p.astype(v.dtype), d_logits.astype(v.dtype)
             d_keys = einsum("BNTS,BTNX->BSNX", d_logits, q), einsum("BNTS,BTNH->BSNH", p, d_out)
             d_q = einsum("BNTS,BSNX->BTNX", d_logits, k).astype(q.dtype)
             return jax.tree.map(jnp.add, key_gradients, d_keys), d_q
 
         block = _queries_per_block(q, k)
-        queries = (q, out, lse, d_out, d_lse, *per_row)
+        queries = (q, out, lse, d_out, d_lse, broken, *per_row)
         zeros = tuple(jnp.zeros(x.shape, sum_dtype) for x in (k, v))
         (d_k, d_v), d_q = lax.scan(one_block, zeros, tuple(split_queries(x, block) for x in queries))
         return join_queries(d_q, q.shape[1]), d_k, d_v.astype(v.dtype)
 
-    d_lse = jnp.where(lse == -jnp.inf, 0.0, d_lse)  # a row without keys has no gradient
-    q = jnp.concatenate([q_nope, q_rope], axis=-1)
-    per_head = q, _keys(k_nope, k_rope), v, out, lse, d_out, d_lse
+    q, of_q = finite_rows(jnp.concatenate([q_nope, q_rope], axis=-1))
+    (k, of_k), (v, of_v), (d_out, of_d_out) = (finite_rows(x) for x in (_keys(k_nope, k_rope), v, d_out))
+    per_head = q, k, v, of_k + of_v, out, lse, d_out, d_lse, of_q + of_d_out
     d_q, d_k, d_v = _map_heads(some_heads, per_head, _present(*keys))
     P = q_nope.shape[-1]
     return Operands(
@@ -158,6 +160,10 @@ def _keys(k_nope, k_rope) -> Float[Array, "B S N X"]:
     return jnp.concatenate([k_nope, rotated], axis=-1)
 
 
-def _logits(q, k, seen, scale) -> Float[Array, "B N T S"]:
+def _logits(q, k, scale) -> Float[Array, "B N T S"]:
     """Heads before queries, as a batched product leaves them, so that the largest array is never transposed."""
-    return jnp.where(seen[:, None], einsum("BTNX,BSNX->BNTS", q, k) * scale, -jnp.inf)
+    return einsum("BTNX,BSNX->BNTS", q, k) * scale
+
+
+def _over_keys(x: Float[Array, "B S N"]) -> Float[Array, "B N 1 S"]:
+    return jnp.swapaxes(x, 1, 2)[:, :, None]

@@ -70,15 +70,15 @@ def backward(
     q = jnp.concatenate([q_latent, q_rope], axis=-1)
     d_wide = jnp.pad(d_out, ((0, 0), (0, 0), (0, 0), (0, q_rope.shape[-1])))
     rows = jnp.concatenate([q, d_wide], axis=2)
-    d_lse = jnp.where(lse == -jnp.inf, 0.0, d_lse)  # a row without keys has no gradient
     delta = (d_out.astype(sum_dtype) * out.astype(sum_dtype)).sum(axis=-1) - d_lse
 
     def one_block(d_keys, xs):
         rows, topk_indices, lse, delta = xs
         gathered = gather(keys, topk_indices)
         logits, d_p = jnp.split(einsum("BTMX,BTKX->BTMK", rows, gathered), 2, axis=2)
-        p = probabilities(jnp.where((topk_indices >= 0)[:, :, None], logits * scale, -jnp.inf), lse)
-        d_logits = (p * (d_p - delta[..., None]) * scale).astype(keys.dtype)
+        seen = (topk_indices >= 0)[:, :, None]
+        p = probabilities(logits * scale, lse, seen)
+        d_logits = jnp.where(seen, p * (d_p - delta[..., None]) * scale, 0.0).astype(keys.dtype)
         d_q = einsum("BTNK,BTKX->BTNX", d_logits, gathered)
         weights = jnp.concatenate([d_logits, p.astype(keys.dtype)], axis=2)
         d_gathered = einsum("BTMK,BTMX->BTKX", weights, rows)
