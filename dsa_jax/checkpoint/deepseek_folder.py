@@ -7,7 +7,7 @@ gives the released names and whole tensors again.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +178,13 @@ class DeepSeekFolder:
         self.entries[released] = TensorEntry(dtype=entries[0].dtype, shape=tuple(shape), begin=0, end=size)
 
 
-def load_deepseek_config(path: Path, config_file: Path | None = None, **switches: Any) -> ModelConfig:
+def load_deepseek_config(
+    path: Path, config_file: Path | None = None, *, ignore: Iterable[str] = (), **switches: Any
+) -> ModelConfig:
     """The ModelConfig from config_file, or the one config*.json of the folder, DeepSeek's spelling or Hugging Face's.
 
     There is never an MTP layer: DeepSeek's converter leaves it out. max_seq_len is original_seq_len times the
-    RoPE factor, as in the release. Raises ValueError for unknown, missing or unsupported keys.
+    RoPE factor, as in the release. ignore: as in from_hf. Raises ValueError for unknown, missing or unsupported keys.
     """
     if config_file is None:
         found = sorted(file for file in path.glob("config*.json"))
@@ -194,7 +196,7 @@ def load_deepseek_config(path: Path, config_file: Path | None = None, **switches
         config_file = found[0]
     values = read_json_object(config_file)
     if "model_type" in values:
-        return from_hf(values, **({"n_mtp_layers": 0} | switches))
+        return from_hf(values, ignore=ignore, **({"n_mtp_layers": 0} | switches))
     return ModelConfig(**(_fields(values, config_file) | switches))
 
 

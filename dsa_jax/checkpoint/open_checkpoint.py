@@ -20,7 +20,7 @@ from dsa_jax.checkpoint.hf_config import from_hf, to_hf, with_ignored
 from dsa_jax.checkpoint.hf_reader import HfFolder, as_stored, carried_files, hf_carried, load_hf_config
 from dsa_jax.checkpoint.job import refuse_incomplete
 from dsa_jax.checkpoint.orbax_folder import METADATA_FILE, OrbaxReader, is_orbax, load_orbax_config
-from dsa_jax.checkpoint.orbax_tensors import OrbaxTensors, orbax_carried
+from dsa_jax.checkpoint.orbax_tensors import OrbaxTensors, orbax_carried, orbax_names
 from dsa_jax.checkpoint.tensors import Carried, Tensors
 from dsa_jax.config import ModelConfig
 
@@ -64,12 +64,13 @@ def load_config(
     kind = kind_of(path)
     file = None if config_file is None else Path(config_file)
     if kind == "deepseek":
-        return load_deepseek_config(path, file, **switches)
-    if file is not None:
-        return from_hf(read_json_object(file), ignore=ignore, **switches)
-    if kind == "orbax":
+        return load_deepseek_config(path, file, ignore=ignore, **switches)
+    if kind == "hf":
+        return load_hf_config(path, file, ignore=ignore, **switches)
+    if file is None:
         return load_orbax_config(path, **switches)
-    return load_hf_config(path, ignore=ignore, **switches)
+    config = from_hf(read_json_object(file), ignore=ignore, **switches)
+    return as_stored(config, path, orbax_names(OrbaxReader(path), config), switches)
 
 
 def open_tensors(path: Path, config: ModelConfig, *, max_chunk_bytes: int | None = None) -> Tensors:
@@ -78,7 +79,7 @@ def open_tensors(path: Path, config: ModelConfig, *, max_chunk_bytes: int | None
     kind = kind_of(path)
     if kind == "orbax":
         return OrbaxTensors(OrbaxReader(path), config, max_chunk_bytes=max_chunk_bytes)
-    return DeepSeekFolder(path, config) if kind == "deepseek" else HfFolder(path)
+    return DeepSeekFolder(path, config) if kind == "deepseek" else HfFolder(path, config)
 
 
 def open_checkpoint(
