@@ -12,7 +12,7 @@ import numpy as np
 
 from dsa_jax.checkpoint.checksums import CHECKSUMS_FILE
 from dsa_jax.checkpoint.files import read_json_object
-from dsa_jax.checkpoint.hf_config import from_hf
+from dsa_jax.checkpoint.hf_config import file_named, from_hf
 from dsa_jax.checkpoint.job import MARKER
 from dsa_jax.checkpoint.names import (
     MTP_COPIES,
@@ -49,7 +49,10 @@ def load_hf_config(
     Raises ValueError for what from_hf refuses and for unreadable JSON, FileNotFoundError without config.json.
     """
     path = Path(path)
-    config = from_hf(read_json_object(config_file or path / "config.json"), ignore=ignore, **switches)
+    file = config_file or path / "config.json"
+    values = read_json_object(file)
+    with file_named(file):
+        config = from_hf(values, ignore=ignore, **switches)
     return as_stored(config, path, _stored_names(path), switches)
 
 
@@ -173,8 +176,10 @@ class HfFolder:
             if {self.entries[name].shape, self.entries[copy].shape} != {row.shape}:
                 continue  # reported by `tensors.find_faults`
             for part in cut(name, row, "float32"):
-                rows = (self.read_rows(each, part.start, part.stop) for each in (name, copy))
-                if not np.array_equal(*(r.astype(np.float32) for r in rows), equal_nan=True):
+                first, second = (
+                    self.read_rows(each, part.start, part.stop).astype(np.float32) for each in (name, copy)
+                )
+                if not np.array_equal(first, second, equal_nan=True):
                     self._fault("tensors of the MTP layer that differ from the one they are to share; load them "
                                 "with mtp_shared_embeddings=False", f"{copy} ({name})")  # fmt: skip
                     break
