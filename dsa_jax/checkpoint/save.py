@@ -45,8 +45,7 @@ def write_hf(
     """
     path = Path(path)
     options = HfOptions(quantize=quantize, max_shard_bytes=max_shard_bytes)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not an empty folder; remove it or choose another path")
+    refuse_taken(path)
     tensors = ParamsTensors(path, params, config, mtp_copies=mtp_copies)
     fp8 = (config.fp8 or Fp8Config()) if quantize else None
     config_json = to_hf(dataclasses.replace(config, fp8=fp8))
@@ -63,6 +62,12 @@ def write_hf(
         os.rename(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_taken(path: Path) -> None:
+    """Raises ValueError for a path that exists and is not an empty folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not an empty folder; remove it or choose another path")
 
 
 class ParamsTensors:
