@@ -24,6 +24,8 @@ METADATA_FILE = "dsa_jax.json"
 CARRIED_FOLDER = "hf"
 ORBAX_METADATA = "_METADATA"
 MANIFEST = "manifest.ocdbt"
+_ITEMS = ("default", "params", "state")
+"""Folders of a step into which CheckpointManager puts a tree of parameters, after the name of its item."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,7 @@ class OrbaxReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).resolve()
         root = self.path
-        # CheckpointManager puts the tree into a folder of its item's name.
-        for below in ("default", "params", "state"):
+        for below in _ITEMS:
             if not (root / ORBAX_METADATA).is_file() and (root / below / ORBAX_METADATA).is_file():
                 root = root / below
         if not (root / ORBAX_METADATA).is_file():
@@ -106,7 +107,7 @@ class OrbaxReader:
 
 def is_orbax(path: Path) -> bool:
     """Whether the folder looks like an Orbax checkpoint."""
-    names = (ORBAX_METADATA, MANIFEST, METADATA_FILE, f"default/{ORBAX_METADATA}")
+    names = (ORBAX_METADATA, MANIFEST, METADATA_FILE, *(f"{item}/{ORBAX_METADATA}" for item in _ITEMS))
     return any((path / name).is_file() for name in names)
 
 
