@@ -44,7 +44,7 @@ class Options(Hosts):
     def changed_run(self) -> Run:
         """``run`` with the other options applied."""
         rank = self.lora_rank
-        lora = self.run.lora if rank is None else Lora(rank=rank, alpha=2.0 * rank)
+        lora = self.run.lora if rank is None else dataclasses.replace(Lora(rank=rank), alpha=2.0 * rank)
         mesh = self.run.mesh if self.mesh == MeshSpec() else self.mesh
         return dataclasses.replace(
             self.run, init_from=self.init_from or self.run.init_from, lora=lora, mesh=mesh

@@ -105,8 +105,9 @@ def read_job(options: Options) -> Job:
     """
     for name in ("seq_len", "batch", "layers", "chunk", "query_block", "tries"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if value is not None and not 1 <= value < 2**31:
+            shown = value if abs(value) < 10**20 else "more than 20 digits"
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1 and below 2**31, got {shown}")
     if options.chunk and (options.mode != "prefill" or options.chunk > options.seq_len):
         raise ValueError(
             f"--chunk is for --mode prefill and at most --seq-len={options.seq_len}, got {options.chunk} and "
