@@ -33,8 +33,10 @@ def _check_values(config: YarnConfig | Fp8Config | ModelConfig) -> None:
         if hint is int or hint is float:
             number = (int,) if hint is int else (int, float)
             least = "at least 0" if name in _MAY_BE_ZERO else "positive"
-            if isinstance(value, bool) or not isinstance(value, number) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, number) or not abs(value) < math.inf:
                 raise ValueError(f"{owner}.{name} must be a finite {hint.__name__}, got {value!r}")
+            if isinstance(value, int) and hint is int and abs(value) >= 2**31:
+                raise ValueError(f"{owner}.{name} must be below 2**31, got one of {value.bit_length()} bits")
             if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
                 raise ValueError(f"{owner}.{name} must be {least}, got {value!r}")
 
@@ -190,9 +192,10 @@ class ModelConfig:
                 f"index_head_dim must not be below qk_rope_head_dim, got index_head_dim={self.index_head_dim} < "
                 f"qk_rope_head_dim={self.qk_rope_head_dim}"
             )
-        if self.index_fp8 and self.index_head_dim & (self.index_head_dim - 1):
+        if self.index_fp8 and (self.index_head_dim & (self.index_head_dim - 1) or self.index_head_dim < 128):
             raise ValueError(
-                f"index_fp8=True needs index_head_dim to be a power of two (Hadamard), got {self.index_head_dim}"
+                "index_fp8=True needs index_head_dim to be a power of two (Hadamard) and a multiple of 128 (one scale "
+                f"each), got {self.index_head_dim}"
             )
         if self.kv_fp8 and self.kv_lora_rank % 128:
             raise ValueError(

@@ -32,6 +32,8 @@ class Options(Hosts):
     """Where checkpoints and metrics go; default runs/NAME. Rerun the command to resume an interrupted run."""
     init_from: str | None = None
     """Start from this checkpoint (a Hugging Face or Orbax folder) and use its model sizes."""
+    ignore: tuple[str, ...] = ()
+    """Keys of the config.json of --init-from that are unknown here and do not change the model."""
     lora_rank: int | None = None
     """Train adapters of this rank (with alpha twice the rank) instead of the weights."""
     mesh: MeshSpec = MeshSpec()
@@ -42,7 +44,7 @@ class Options(Hosts):
     def changed_run(self) -> Run:
         """``run`` with the other options applied."""
         rank = self.lora_rank
-        lora = self.run.lora if rank is None else Lora(rank=rank, alpha=2.0 * rank)
+        lora = self.run.lora if rank is None else dataclasses.replace(Lora(rank=rank), alpha=2.0 * rank)
         mesh = self.run.mesh if self.mesh == MeshSpec() else self.mesh
         return dataclasses.replace(
             self.run, init_from=self.init_from or self.run.init_from, lora=lora, mesh=mesh
@@ -65,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     from train.trainer import Stopped, train
 
     def start() -> int:
-        run = from_checkpoint(options.changed_run())
+        run = from_checkpoint(options.changed_run(), options.ignore)
         with connected(options, to_json(run)):
             train(run, options.folder or Path("runs") / name)
         return 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dsa_jax.config import Fp8Config, ModelConfig, YarnConfig
+from train.limits import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class Stage:
             raise ValueError(
                 f"attention='window' uses no indexer, so trains must be 'model', got {self.trains!r}"
             )
+        check_numbers(self)
 
 
 def dense(steps: int, lr: float, **changes: Any) -> Stage:
@@ -90,6 +92,9 @@ class Source:
     weight: float = 1.0
     options: tuple[tuple[str, int | float | bool], ...] = ()
 
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
@@ -106,6 +111,7 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
             raise ValueError(f"rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
+        check_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +122,9 @@ class MeshSpec:
     expert: int = 1
     context: int = 1
     tensor: int = 1
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,15 +152,13 @@ class Run:
     eval_batches: int = 4
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not self.stages or not self.data:
             raise ValueError(f"a run needs stages and data, got {len(self.stages)} and {len(self.data)}")
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"seq_len must not exceed the model's max_seq_len, got {self.seq_len} > {self.model.max_seq_len}"
             )
-        for name in ("batch", "seq_len", "checkpoint_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         sparse_stages = [stage.name for stage in self.stages if stage.attention != "dense"]
         if sparse_stages and self.model.index_topk >= self.seq_len:
             raise ValueError(

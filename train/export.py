@@ -6,8 +6,6 @@ tokenizer_config.json, chat template and the like. ``--dtype bfloat16`` and ``fl
 """
 
 import argparse
-import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.checkpoint import write_hf
+from dsa_jax.checkpoint.files import read_json_object
+from dsa_jax.checkpoint.hf_plan import HfOptions
 from dsa_jax.checkpoint.open_checkpoint import files_to_carry
+from dsa_jax.checkpoint.save import refuse_taken
 from dsa_jax.commands.errors import run_command
-from dsa_jax.config import ModelConfig
 from train.checkpoint import Checkpoints
 from train.config import Run, from_json
 from train.initial import initial_params, lora_scale
@@ -29,12 +29,18 @@ def trained(folder: Path) -> tuple[Run, Any]:
     """The run in ``folder`` and the {"params": tree} of its newest checkpoint, adapters merged.
 
     Raises:
-      ValueError: the folder holds no run or no readable checkpoint.
+      ValueError: the folder holds no run, a description of it that is damaged, or no readable checkpoint.
     """
     description = folder / "config.json"
     if not description.is_file():
         raise ValueError(f"{folder} has no config.json: give the folder of a run of `python -m train`")
-    run = from_json(json.loads(description.read_text()))
+    values = read_json_object(description, "copy it from a backup")
+    try:
+        run = from_json(values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of JSON of another shape
+        raise ValueError(
+            f"{description} does not describe a run of `python -m train` ({error!r}): give the folder of a run"
+        ) from error
     checkpoints = Checkpoints(folder / "checkpoints", run.keep)
     restored = checkpoints.restore(run, jax.eval_shape(lambda: initial_params(run, load=False)))
     checkpoints.close()
@@ -43,24 +49,25 @@ def trained(folder: Path) -> tuple[Run, Any]:
     return run, merged(restored.state.params, lora_scale(run))
 
 
-def released(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
-    """Parameters and config as released: the MTP layer has its own copies of embedding and head."""
-    if not config.n_mtp_layers or not config.mtp_shared_embeddings:
-        return params, config
-    tree = dict(params["params"])
-    tree["mtp"] = {**tree["mtp"], "embed": tree["embed"], "head": tree["head"]}
-    return {"params": tree}, dataclasses.replace(config, mtp_shared_embeddings=False)
-
-
 def export(folder: Path, out: Path, dtype: str = "fp8", max_shard_bytes: int = 16_000_000) -> None:
     """Writes the newest checkpoint of the run in ``folder`` to ``out``, which must not exist."""
+    quantize = "fp8" if dtype == "fp8" else None
+    HfOptions(quantize=quantize, max_shard_bytes=max_shard_bytes)
+    refuse_taken(out)
     run, params = trained(folder)
-    params, config = released(params, run.model)
+    carried = carried_files(run)
     if dtype != "fp8":
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
-    quantize = "fp8" if dtype == "fp8" else None
-    carried = carried_files(run)
-    write_hf(out, params, config, quantize=quantize, max_shard_bytes=max_shard_bytes, carried=carried)
+    write_hf(
+        out,
+        params,
+        run.model,
+        quantize=quantize,
+        max_shard_bytes=max_shard_bytes,
+        # A model that came without copies of embedding and head in its MTP layer is passed on without them.
+        mtp_copies=run.init_from is None,
+        carried=carried,
+    )
 
 
 def carried_files(run: Run) -> tuple[Path, ...]:

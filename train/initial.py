@@ -41,15 +41,18 @@ def initial_params(run: Run, load: bool = True, sharding: RunSharding | None = N
     return params | jax.jit(adapters, out_shardings=shardings)(params, key)
 
 
-def from_checkpoint(run: Run) -> Run:
-    """The run with the sizes of the model in ``run.init_from``; how to compute stays as the run says."""
+def from_checkpoint(run: Run, ignore: tuple[str, ...] = ()) -> Run:
+    """The run with the sizes of the model in ``run.init_from``; how to compute stays as the run says.
+
+    ignore: unknown keys of its config.json to accept.
+    """
     if run.init_from is None:
         return run
     switches = (
         "attention_form", "index_fp8", "kv_fp8", "implementation", "dtype", "param_dtype", "query_block", "remat",
     )  # fmt: skip
     changes = {name: getattr(run.model, name) for name in switches}
-    return dataclasses.replace(run, model=load_config(run.init_from, **changes))
+    return dataclasses.replace(run, model=load_config(run.init_from, ignore=ignore, **changes))
 
 
 def lora_scale(run: Run) -> float:

@@ -36,8 +36,14 @@ def read_checksums(path: Path) -> Checksums | None:
     if not (path / CHECKSUMS_FILE).is_file():
         return None
     content = read_json_object(path / CHECKSUMS_FILE)
-    if not isinstance(content.get("tensors"), dict) or type(content.get("piece_bytes")) is not int:
+    tensors, piece_bytes = content.get("tensors"), content.get("piece_bytes")
+    if not isinstance(tensors, dict) or type(piece_bytes) is not int or piece_bytes < 1:
         raise ValueError(
             f"{path / CHECKSUMS_FILE} lacks tensors or piece_bytes; convert the checkpoint again"
         )
-    return Checksums(tensors=content["tensors"], piece_bytes=content["piece_bytes"])
+    for name, entry in tensors.items():
+        if not isinstance(entry, dict) or "source" not in entry or not isinstance(entry.get("sha256"), list):
+            raise ValueError(
+                f"{path / CHECKSUMS_FILE}: {name} lacks source or sha256; convert the checkpoint again"
+            )
+    return Checksums(tensors=tensors, piece_bytes=piece_bytes)

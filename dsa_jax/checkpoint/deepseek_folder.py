@@ -7,14 +7,15 @@ gives the released names and whole tensors again.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsa_jax.checkpoint.files import read_json_object
-from dsa_jax.checkpoint.hf_config import from_hf
+from dsa_jax.checkpoint.hf_config import file_named, from_hf
+from dsa_jax.checkpoint.hf_config_values import read_integer, read_number
 from dsa_jax.checkpoint.hf_reader import carried_files
 from dsa_jax.checkpoint.names import SCALE_SUFFIX, tensor_table
 from dsa_jax.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
@@ -112,6 +113,8 @@ class DeepSeekFolder:
             except ValueError as error:
                 self._files.append(None)
                 self.faults.setdefault("unreadable shards", []).append(str(error))
+        if others := sorted(f.name for f in self.path.glob("*.safetensors") if not _FILE.fullmatch(f.name)):
+            self.faults["weight files that do not belong to the model; move them away"] = others
         self._places: dict[str, tuple[str, int | None, tuple[int, ...]]] = {}
         used: set[str] = set()
         for released, row in tensor_table(config).items():
@@ -178,11 +181,13 @@ class DeepSeekFolder:
         self.entries[released] = TensorEntry(dtype=entries[0].dtype, shape=tuple(shape), begin=0, end=size)
 
 
-def load_deepseek_config(path: Path, config_file: Path | None = None, **switches: Any) -> ModelConfig:
+def load_deepseek_config(
+    path: Path, config_file: Path | None = None, *, ignore: Iterable[str] = (), **switches: Any
+) -> ModelConfig:
     """The ModelConfig from config_file, or the one config*.json of the folder, DeepSeek's spelling or Hugging Face's.
 
     There is never an MTP layer: DeepSeek's converter leaves it out. max_seq_len is original_seq_len times the
-    RoPE factor, as in the release. Raises ValueError for unknown, missing or unsupported keys.
+    RoPE factor, as in the release. ignore: as in from_hf. Raises ValueError for unknown, missing or unsupported keys.
     """
     if config_file is None:
         found = sorted(file for file in path.glob("config*.json"))
@@ -193,9 +198,12 @@ def load_deepseek_config(path: Path, config_file: Path | None = None, **switches
             )
         config_file = found[0]
     values = read_json_object(config_file)
-    if "model_type" in values:
-        return from_hf(values, **({"n_mtp_layers": 0} | switches))
-    return ModelConfig(**(_fields(values, config_file) | switches))
+    if "model_type" not in values:
+        fields = _fields(values, config_file)
+    with file_named(config_file):
+        if "model_type" in values:
+            return from_hf(values, ignore=ignore, **({"n_mtp_layers": 0} | switches))
+        return ModelConfig(**(fields | switches))
 
 
 def deepseek_files(path: Path) -> tuple[Path, ...]:
@@ -220,20 +228,24 @@ def _fields(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
         if values.get(key, supported) != supported:
             raise ValueError(f"{file}: {key} must be {supported!r}, got {values[key]!r}")
     rope = {key: values.get(key, default) for key, default in _DEFAULTS.items()}
-    factor, original = float(rope["rope_factor"]), rope["original_seq_len"]
-    yarn = YarnConfig(
-        factor=factor,
-        original_seq_len=original,
-        beta_fast=float(rope["beta_fast"]),
-        beta_slow=float(rope["beta_slow"]),
-        mscale=float(rope["mscale"]),
-        mscale_all_dim=float(rope["mscale"]),
-    )
+    with file_named(file):
+        original = read_integer("original_seq_len", rope.pop("original_seq_len"))
+        numbers = {key: read_number(key, value) for key, value in rope.items()}
+        factor = numbers["rope_factor"]
+        yarn = YarnConfig(
+            factor=factor,
+            original_seq_len=original,
+            beta_fast=numbers["beta_fast"],
+            beta_slow=numbers["beta_slow"],
+            mscale=numbers["mscale"],
+            mscale_all_dim=numbers["mscale"],
+        )
+        route_scale = read_number("route_scale", values["route_scale"])
     quantised = values.get("dtype") == "fp8"
     fields = {field: values[key] for key, field in _CONFIG_KEYS.items()}
     return fields | {
-        "route_scale": float(values["route_scale"]),
-        "rope_theta": float(rope["rope_theta"]),
+        "route_scale": route_scale,
+        "rope_theta": numbers["rope_theta"],
         "yarn": yarn if factor > 1 else None,
         "max_seq_len": int(original * factor),
         "fp8": Fp8Config(scale_fmt=values.get("scale_fmt")) if quantised else None,

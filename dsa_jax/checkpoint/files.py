@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+_LFS_POINTER = b"version https://git-lfs"
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces the file: a reader finds the old content or the new, also after a crash."""
@@ -29,15 +31,27 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file. Raises ValueError when it holds anything else."""
+def read_json_object(path: Path, remedy: str = "re-download it") -> dict[str, Any]:
+    """The JSON object in the file. Raises ValueError, which ends with the remedy, when it holds anything else."""
+    refuse_lfs_pointer(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); re-download it") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}; re-download it")
+        raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}; {remedy}")
     return values
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises ValueError when Git LFS has left its pointer in place of the file, OSError when it cannot be read."""
+    with path.open("rb") as stream:
+        start = stream.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download the file "
+            "again"
+        )
 
 
 def disk_full(error: BaseException) -> bool:

@@ -6,7 +6,9 @@ Every key is read, checked against what this model can do, or named in an error;
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from dsa_jax.checkpoint.hf_config_values import (
@@ -75,6 +77,9 @@ _NOT_WRITTEN = (
 )
 # Names of one layer type: transformers 5.18 and newer, and 5.12 to 5.17.
 _LAYER_TYPES = ("indexed_attention", "deepseek_sparse_attention")
+_LISTS: dict[str, tuple[type, ...]] = {
+    "layer_types": (list,), "mlp_layer_types": (list,), "indexer_types": (list,), "index_topk_pattern": (list, str),
+}  # fmt: skip
 _IGNORE_KEY = "dsa_jax_ignore"
 _HARMLESS = frozenset(
     "_name_or_path architectures auto_map aux_loss_alpha chunk_size_feed_forward dtype ep_size id2label "
@@ -101,10 +106,11 @@ def from_hf(values: Mapping[str, Any], *, ignore: Iterable[str] = (), **switches
     values = dict(values)
     ignore = tuple(ignore)
     remembered = _remembered(values)
-    if (model_type := values.get("model_type")) not in _INDEXER_INTERLEAVED:
+    if (model_type := values.get("model_type")) not in list(_INDEXER_INTERLEAVED):
         options = " or ".join(_INDEXER_INTERLEAVED)
         raise ValueError(f"config.json: model_type must be {options}, got {model_type!r}")
     _refuse_unknown(values, ignore, remembered, switches)
+    _refuse_other_types(values)
     _fill_aliases(values)
     _refuse_missing(values)
     fields: dict[str, Any] = {field: read_integer(key, values[key]) for key, field in _INT_KEYS.items()}
@@ -128,6 +134,16 @@ def from_hf(values: Mapping[str, Any], *, ignore: Iterable[str] = (), **switches
         fp8=read_quantization(read_object(values, "quantization_config")),
     )
     return ModelConfig(**(fields | switches))
+
+
+@contextmanager
+def file_named(path: Path) -> Iterator[None]:
+    """Puts the file in front of what `from_hf` and ModelConfig say of its content."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        kind = NotImplementedError if isinstance(error, NotImplementedError) else ValueError
+        raise kind(f"{path}: {str(error).removeprefix('config.json: ')}") from error
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -184,7 +200,9 @@ def _refuse_unknown(
 ) -> None:
     known = _HARMLESS | _READ | set(_INT_KEYS) | set(_FLOAT_KEYS) | set(_FIXED)
     if read := sorted(set(ignore) & known):
-        raise ValueError(f"ignore= is for keys this loader does not know, but it reads {', '.join(read)}")
+        raise ValueError(
+            f"--ignore (ignore= in Python) is for keys this loader does not know, but it reads {', '.join(read)}"
+        )
     if unknown := sorted(set(values) - known - set(ignore) - set(remembered)):
         accept = ", ".join(f'"{key}"' for key in unknown)
         raise ValueError(
@@ -195,6 +213,13 @@ def _refuse_unknown(
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     if wrong := sorted(set(switches) - fields):
         raise ValueError(f"switches must be ModelConfig fields, got {', '.join(wrong)}")
+
+
+def _refuse_other_types(values: dict[str, Any]) -> None:
+    """Refuses a value where a list is expected; None means an absent key."""
+    for key, types in _LISTS.items():
+        if not isinstance(values.get(key), (type(None), *types)):
+            raise ValueError(f"config.json: {key} must be a list, got {values[key]!r}")
 
 
 def _fill_aliases(values: dict[str, Any]) -> None:

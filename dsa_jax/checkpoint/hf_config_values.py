@@ -12,6 +12,9 @@ _YARN_ABSENT: dict[str, Any] = {"mscale": 0.0, "mscale_all_dim": 0.0, "attention
 
 _MODULES = {"modules_to_not_convert", "modules_to_convert", "ignored_layers"}
 
+# Names of tensors and lists of layers are made from these: a mistyped one must not use up the memory.
+_LARGEST = {"num_hidden_layers": 9_999, "first_k_dense_replace": 9_999, "n_routed_experts": 99_999}
+
 
 def read_object(values: dict[str, Any], key: str) -> dict[str, Any]:
     """A copy of the object under the key, {} for null or none. Raises ValueError for anything else."""
@@ -125,14 +128,22 @@ def write_quantization(fp8: Fp8Config) -> dict[str, Any]:
 
 
 def read_integer(key: str, value: Any) -> int:
-    """The value. Raises ValueError, with the key, when it is not an integer."""
+    """The value. Raises ValueError, with the key, when it is not an integer of a size that some model could have."""
     if type(value) is not int:
         raise ValueError(f"config.json: {key} must be an integer, got {value!r}")
+    if abs(value) > (largest := _LARGEST.get(key, 2**31 - 1)):
+        shown = str(value) if abs(value) < 10**20 else f"one of {value.bit_length()} bits"
+        raise ValueError(f"config.json: {key} must be at most {largest}, got {shown}")
     return value
 
 
 def read_number(key: str, value: Any) -> float:
-    """The value as a float. Raises ValueError, with the key, when it is not a number."""
+    """The value as a float. Raises ValueError, with the key, when it is not a number, or too large for a float."""
     if type(value) not in (int, float):
         raise ValueError(f"config.json: {key} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(
+            f"config.json: {key} must be a finite number, got an integer of {value.bit_length()} bits"
+        ) from error

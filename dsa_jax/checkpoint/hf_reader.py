@@ -12,9 +12,17 @@ import numpy as np
 
 from dsa_jax.checkpoint.checksums import CHECKSUMS_FILE
 from dsa_jax.checkpoint.files import read_json_object
-from dsa_jax.checkpoint.hf_config import from_hf
+from dsa_jax.checkpoint.hf_config import file_named, from_hf
 from dsa_jax.checkpoint.job import MARKER
-from dsa_jax.checkpoint.names import MTP_COPIES, SCALE_SUFFIX, layer_prefix
+from dsa_jax.checkpoint.names import (
+    MTP_COPIES,
+    MTP_PROJECTION,
+    SCALE_SUFFIX,
+    TensorRow,
+    layer_prefix,
+    tensor_table,
+)
+from dsa_jax.checkpoint.pieces import cut
 from dsa_jax.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 from dsa_jax.checkpoint.stacked_experts import unstacked
 from dsa_jax.checkpoint.tensors import FP8, Carried
@@ -32,26 +40,39 @@ _BUFFERS = ".rotary_emb.inv_freq"
 logger = logging.getLogger(__name__)
 
 
-def load_hf_config(path: str | Path, *, ignore: Iterable[str] = (), **switches: Any) -> ModelConfig:
+def load_hf_config(
+    path: str | Path, config_file: Path | None = None, *, ignore: Iterable[str] = (), **switches: Any
+) -> ModelConfig:
     """The ModelConfig of a checkpoint folder; `switches` are ModelConfig fields, `ignore` as in from_hf.
 
-    When config.json announces an MTP layer and the folder's weights have none (transformers does not write
-    it), n_mtp_layers becomes 0 and a warning is logged, unless `switches` sets n_mtp_layers. When the MTP layer is
-    stored without embedding and head (GLM-5), mtp_shared_embeddings becomes True.
+    config_file: read this file instead of the folder's own config.json. The MTP layer is as `as_stored` says.
     Raises ValueError for what from_hf refuses and for unreadable JSON, FileNotFoundError without config.json.
     """
     path = Path(path)
-    config = from_hf(read_json_object(path / "config.json"), ignore=ignore, **switches)
+    file = config_file or path / "config.json"
+    values = read_json_object(file)
+    with file_named(file):
+        config = from_hf(values, ignore=ignore, **switches)
     return as_stored(config, path, _stored_names(path), switches)
 
 
 def as_stored(
     config: ModelConfig, path: Path, names: Iterable[str], switches: Iterable[str] = ()
 ) -> ModelConfig:
-    """The config with its MTP layer as these tensor names have it; fields named in `switches` stay."""
+    """The config with its MTP layer as these tensor names have it; fields named in `switches` stay.
+
+    When it announces an MTP layer and there is none among the names (transformers does not write it), n_mtp_layers
+    becomes 0 and a warning is logged. When the MTP layer is stored without embedding and head (GLM-5),
+    mtp_shared_embeddings becomes True. Raises ValueError for an MTP layer that config.json does not announce.
+    """
     prefix = layer_prefix(config.n_layers)
     names = set(names)
     stored = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    if not config.n_mtp_layers and MTP_PROJECTION in stored and "n_mtp_layers" not in switches:
+        raise ValueError(
+            f"{path}: layer {config.n_layers} is stored and is an MTP layer, config.json announces none: set "
+            "num_nextn_predict_layers to 1 in it, or in Python pass n_mtp_layers=0 to leave the layer out"
+        )
     if not names or not config.n_mtp_layers:
         return config
     if not stored and "n_mtp_layers" not in switches:
@@ -69,10 +90,11 @@ def as_stored(
 class HfFolder:
     """The tensors of all shards of a checkpoint folder; see `tensors.Tensors`.
 
+    config: if it shares embedding and head with the MTP layer, copies of them that are stored must be equal to them.
     Raises ValueError when the folder has no weights at all, or two conflicting sets of them.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, config: ModelConfig | None = None) -> None:
         self.path = Path(path)
         self.entries: dict[str, TensorEntry] = {}
         self.faults: dict[str, list[str]] = {}
@@ -84,8 +106,16 @@ class HfFolder:
                 f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give the folder of a "
                 "Hugging Face checkpoint in safetensors format"
             )
-        for shard in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]:
-            self._open(shard, weight_map or {})
+        by_shard: dict[str, set[str]] = {} if weight_map is not None else {SINGLE_FILE: set()}
+        for name, shard in (weight_map or {}).items():
+            by_shard.setdefault(shard, set()).add(name)
+        for shard in sorted(by_shard):
+            self._open(shard, by_shard[shard], weight_map or {})
+        for file in sorted(self.path.glob("*.safetensors")):
+            if file.name not in by_shard:
+                self._fault("weight files that do not belong to the model; move them away", file.name)
+        if config is not None:
+            self._compare_copies(tensor_table(config))
 
     @property
     def bytes_read(self) -> int:
@@ -107,8 +137,8 @@ class HfFolder:
             return stored
         return dequantize_blocks(stored, self.read(name + SCALE_SUFFIX))
 
-    def _open(self, shard: str, weight_map: Mapping[str, str]) -> None:
-        expected = {name for name, place in weight_map.items() if place == shard}
+    def _open(self, shard: str, expected: set[str], weight_map: Mapping[str, str]) -> None:
+        """Takes the tensors of one shard; expected: those that the index says it has."""
         try:
             opened = SafetensorsFile(self.path / shard)
         except FileNotFoundError:
@@ -122,21 +152,37 @@ class HfFolder:
         for name in sorted(expected - set(opened.entries)):
             self._fault("tensors not in the shard the index names", f"{name} in {shard}")
             self.unreadable.add(name)
-        weight_map = dict(weight_map)
         for name in list(opened.entries):
+            if weight_map.get(name, shard) != shard:
+                self._fault("tensors in another shard than the index names", f"{name} in {shard}")
             if name.endswith(_BUFFERS):
                 del opened.entries[name]
             elif parts := unstacked(name, opened.entries[name]):
                 del opened.entries[name]
                 opened.entries |= parts
-                weight_map |= dict.fromkeys(parts, weight_map.get(name, shard))
         for name, entry in opened.entries.items():
             if name in self.entries:
                 self._fault("tensors stored twice", f"{name} in {self._files[name].path.name} and {shard}")
-            elif weight_map.get(name, shard) != shard:
-                self._fault("tensors in another shard than the index names", f"{name} in {shard}")
             self.entries[name] = entry
             self._files[name] = opened
+
+    def _compare_copies(self, table: Mapping[str, TensorRow]) -> None:
+        """Finds stored copies that differ from the tensor whose leaf they share."""
+        copies = {row.path: name for name, row in table.items() if row.duplicate and name in self.entries}
+        for name, row in table.items():
+            if row.duplicate or row.path not in copies or name not in self.entries:
+                continue
+            copy = copies[row.path]
+            if {self.entries[name].shape, self.entries[copy].shape} != {row.shape}:
+                continue  # reported by `tensors.find_faults`
+            for part in cut(name, row, "float32"):
+                first, second = (
+                    self.read_rows(each, part.start, part.stop).astype(np.float32) for each in (name, copy)
+                )
+                if not np.array_equal(first, second, equal_nan=True):
+                    self._fault("tensors of the MTP layer that differ from the one they are to share; load them "
+                                "with mtp_shared_embeddings=False", f"{copy} ({name})")  # fmt: skip
+                    break
 
     def _fault(self, kind: str, detail: str) -> None:
         self.faults.setdefault(kind, []).append(detail)

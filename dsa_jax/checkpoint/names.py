@@ -63,6 +63,8 @@ _MTP = (
 )
 MTP_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 """Tensors of the MTP layer that a checkpoint may leave out, both or neither: the main model's are used."""
+MTP_PROJECTION = "eh_proj.weight"
+"""The tensor that every MTP layer has and no other layer."""
 _SHARED_BY_MTP = {"mtp/embed": "embed", "mtp/head": "head"}
 
 # Leaves that are float32 whatever config.param_dtype says: norms, router and indexer weights are small, and rounding

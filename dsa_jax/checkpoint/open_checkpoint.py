@@ -16,11 +16,11 @@ from dsa_jax.checkpoint.deepseek_folder import (
 )
 from dsa_jax.checkpoint.files import read_json_object
 from dsa_jax.checkpoint.fresh_indexer import FreshIndexer, add_indexer_keys
-from dsa_jax.checkpoint.hf_config import from_hf, to_hf, with_ignored
+from dsa_jax.checkpoint.hf_config import file_named, from_hf, to_hf, with_ignored
 from dsa_jax.checkpoint.hf_reader import HfFolder, as_stored, carried_files, hf_carried, load_hf_config
 from dsa_jax.checkpoint.job import refuse_incomplete
 from dsa_jax.checkpoint.orbax_folder import METADATA_FILE, OrbaxReader, is_orbax, load_orbax_config
-from dsa_jax.checkpoint.orbax_tensors import OrbaxTensors, orbax_carried
+from dsa_jax.checkpoint.orbax_tensors import OrbaxTensors, orbax_carried, orbax_names
 from dsa_jax.checkpoint.tensors import Carried, Tensors
 from dsa_jax.config import ModelConfig
 
@@ -64,12 +64,24 @@ def load_config(
     kind = kind_of(path)
     file = None if config_file is None else Path(config_file)
     if kind == "deepseek":
-        return load_deepseek_config(path, file, **switches)
-    if file is not None:
-        return from_hf(read_json_object(file), ignore=ignore, **switches)
-    if kind == "orbax":
-        return load_orbax_config(path, **switches)
-    return load_hf_config(path, ignore=ignore, **switches)
+        return load_deepseek_config(path, file, ignore=ignore, **switches)
+    if kind == "hf":
+        return load_hf_config(path, file, ignore=ignore, **switches)
+    if file is None:
+        try:
+            return load_orbax_config(path, **switches)
+        except (
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:  # of JSON that has other fields, or of other types
+            raise ValueError(
+                f"{path / METADATA_FILE} does not describe a model ({error!r}); convert the checkpoint again"
+            ) from error
+    values = read_json_object(file)
+    with file_named(file):
+        config = from_hf(values, ignore=ignore, **switches)
+    return as_stored(config, path, orbax_names(OrbaxReader(path), config), switches)
 
 
 def open_tensors(path: Path, config: ModelConfig, *, max_chunk_bytes: int | None = None) -> Tensors:
@@ -78,7 +90,7 @@ def open_tensors(path: Path, config: ModelConfig, *, max_chunk_bytes: int | None
     kind = kind_of(path)
     if kind == "orbax":
         return OrbaxTensors(OrbaxReader(path), config, max_chunk_bytes=max_chunk_bytes)
-    return DeepSeekFolder(path, config) if kind == "deepseek" else HfFolder(path)
+    return DeepSeekFolder(path, config) if kind == "deepseek" else HfFolder(path, config)
 
 
 def open_checkpoint(
@@ -120,7 +132,9 @@ def files_to_carry(path: Path) -> tuple[Path, ...]:
 
 
 def _with_indexer(path: Path, config_file: Path, ignore: Iterable[str]) -> Checkpoint:
-    config = from_hf(add_indexer_keys(read_json_object(config_file)), ignore=ignore)
+    values = add_indexer_keys(read_json_object(config_file))
+    with file_named(config_file):
+        config = from_hf(values, ignore=ignore)
     folder = HfFolder(path)
     config = as_stored(config, path, folder.entries)
     tensors = FreshIndexer(folder, config)

@@ -24,6 +24,8 @@ METADATA_FILE = "dsa_jax.json"
 CARRIED_FOLDER = "hf"
 ORBAX_METADATA = "_METADATA"
 MANIFEST = "manifest.ocdbt"
+_ITEMS = ("default", "params", "state")
+"""Folders of a step into which CheckpointManager puts a tree of parameters, after the name of its item."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,17 +47,13 @@ class OrbaxReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).resolve()
         root = self.path
-        # CheckpointManager puts the tree into a folder of its item's name.
-        for below in ("default", "params", "state"):
+        for below in _ITEMS:
             if not (root / ORBAX_METADATA).is_file() and (root / below / ORBAX_METADATA).is_file():
                 root = root / below
         if not (root / ORBAX_METADATA).is_file():
             raise ValueError(f"{path} holds no {ORBAX_METADATA}: give the folder of an Orbax checkpoint")
         metadata = read_json_object(root / ORBAX_METADATA)
-        keys = [
-            tuple(part["key"] for part in entry["key_metadata"])
-            for entry in metadata.get("tree_metadata", {}).values()
-        ]
+        keys = _leaf_keys(metadata, root / ORBAX_METADATA)
         if metadata.get("use_zarr3") or not metadata.get("use_ocdbt", True):
             raise ValueError(
                 f"{path} is not a zarr 2 checkpoint in an OCDBT store, Orbax's default; save it so"
@@ -109,7 +107,7 @@ class OrbaxReader:
 
 def is_orbax(path: Path) -> bool:
     """Whether the folder looks like an Orbax checkpoint."""
-    names = (ORBAX_METADATA, MANIFEST, METADATA_FILE, f"default/{ORBAX_METADATA}")
+    names = (ORBAX_METADATA, MANIFEST, METADATA_FILE, *(f"{item}/{ORBAX_METADATA}" for item in _ITEMS))
     return any((path / name).is_file() for name in names)
 
 
@@ -120,7 +118,8 @@ def load_orbax_config(path: Path, **switches: Any) -> ModelConfig:
     """
     if not (path / METADATA_FILE).is_file():
         raise ValueError(
-            f"{path} holds no {METADATA_FILE}, so its config is unknown; pass the config.json of the model"
+            f"{path} holds no {METADATA_FILE}, so its config is unknown: convert it with `dsa-jax convert {path} OUT "
+            "--config config.json`, or a training run with `python -m train.export RUN OUT`"
         )
     metadata = read_json_object(path / METADATA_FILE)
     if metadata.get("format") != FORMAT_VERSION:
@@ -147,6 +146,17 @@ def load_orbax_config(path: Path, **switches: Any) -> ModelConfig:
 def array_store(root: Path, keys: Leaf) -> dict[str, Any]:
     """tensorstore's description of where the array of these keys is stored."""
     return {"driver": "ocdbt", "base": f"file://{root}/", "path": ".".join(keys) + "/"}
+
+
+def _leaf_keys(metadata: dict[str, Any], file: Path) -> list[Leaf]:
+    """The path of every leaf that Orbax lists."""
+    try:
+        entries = [entry["key_metadata"] for entry in metadata.get("tree_metadata", {}).values()]
+        return [tuple(str(part["key"]) for part in entry) for entry in entries]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} does not list leaves as Orbax does ({error!r}); save or copy it again"
+        ) from error
 
 
 def _prefix(keys: list[Leaf], path: Path) -> Leaf:

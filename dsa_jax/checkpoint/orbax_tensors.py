@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,15 @@ class OrbaxTensors:
 
     def _fault(self, kind: str, detail: str) -> None:
         self.faults.setdefault(kind, []).append(detail)
+
+
+def orbax_names(reader: OrbaxReader, config: ModelConfig) -> Iterator[str]:
+    """Released names of the tensors whose leaves are stored, those of an MTP layer with its own embedding included."""
+    config = dataclasses.replace(config, n_mtp_layers=1, mtp_shared_embeddings=False)
+    stored = set(reader.leaves)
+    for name, row in tensor_table(config).items():
+        if row.path in stored or (*row.path, VALUES) in stored:
+            yield name
 
 
 def orbax_carried(path: Path) -> Carried:

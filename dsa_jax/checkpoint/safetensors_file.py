@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from dsa_jax.checkpoint.files import refuse_lfs_pointer
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -72,7 +75,11 @@ class SafetensorsFile:
         self.bytes_read = 0
         self._file = os.open(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        size = os.fstat(self._file).st_size
+        status = os.fstat(self._file)
+        if not stat.S_ISREG(status.st_mode):
+            raise _malformed(self.path, "it is no file")
+        refuse_lfs_pointer(self.path)
+        size = status.st_size
         if size < 8:
             raise _truncated(self.path, f"it has {size} bytes, fewer than the 8 of the header length")
         header_size = int.from_bytes(os.pread(self._file, 8, 0), "little")

@@ -31,21 +31,22 @@ def write_hf(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     quantize: str | None = None,
+    mtp_copies: bool = True,
     carried: Iterable[Path] = (),
 ) -> None:
     """Writes config.json and the weights; several shards and an index when they exceed max_shard_bytes.
 
     params: {"params": tree} as load_params returns it. quantize None stores every leaf in its own dtype;
     "fp8" stores what the release does: FP8 blocks (scales as config.fp8 says, ue8m0 by default), bfloat16 and
-    float32. A tensor larger than max_shard_bytes gets a shard of its own. carried: other files to copy, such as
-    the tokenizer's. The folder appears when complete.
+    float32. A tensor larger than max_shard_bytes gets a shard of its own. mtp_copies: whether an MTP layer that shares
+    the model's embedding and head (config.mtp_shared_embeddings) gets copies of them, as in DeepSeek's release, or
+    none, as in GLM-5's. carried: other files to copy, such as the tokenizer's. The folder appears when complete.
     Raises ValueError when path exists and is not an empty folder, and when params do not fit config.
     """
     path = Path(path)
     options = HfOptions(quantize=quantize, max_shard_bytes=max_shard_bytes)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not an empty folder; remove it or choose another path")
-    tensors = ParamsTensors(path, params, config)
+    refuse_taken(path)
+    tensors = ParamsTensors(path, params, config, mtp_copies=mtp_copies)
     fp8 = (config.fp8 or Fp8Config()) if quantize else None
     config_json = to_hf(dataclasses.replace(config, fp8=fp8))
     plan = plan_hf(tensors, config, {}, options)
@@ -63,14 +64,22 @@ def write_hf(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def refuse_taken(path: Path) -> None:
+    """Raises ValueError for a path that exists and is not an empty folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not an empty folder; remove it or choose another path")
+
+
 class ParamsTensors:
     """The leaves of a parameter tree as released tensors; see `tensors.Tensors`.
 
-    path: the folder the tree is written to. Raises ValueError, which lists every leaf that is missing, unknown
-    or of a wrong shape or dtype, when params do not fit config.
+    path: the folder the tree is written to. mtp_copies: as in `write_hf`. Raises ValueError, which lists every leaf
+    that is missing, unknown or of a wrong shape or dtype, when params do not fit config.
     """
 
-    def __init__(self, path: Path, params: Mapping[str, Any], config: ModelConfig) -> None:
+    def __init__(
+        self, path: Path, params: Mapping[str, Any], config: ModelConfig, *, mtp_copies: bool
+    ) -> None:
         self.path = path
         self.faults: dict[str, list[str]] = {}
         self.unreadable: set[str] = set()
@@ -79,6 +88,8 @@ class ParamsTensors:
         self._rows = tensor_table(config)
         self.entries = {}
         for name, row in self._rows.items():
+            if row.duplicate and not mtp_copies:
+                continue
             dtype = self._leaves[row.path].dtype
             size = math.prod(row.shape) * dtype.itemsize
             self.entries[name] = TensorEntry(dtype=_FLOATS[dtype], shape=row.shape, begin=0, end=size)

@@ -10,7 +10,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from dsa_jax.checkpoint.names import SCALE_SUFFIX, TensorRow, layer_prefix, scale_shape, tensor_table
+from dsa_jax.checkpoint.names import (
+    MTP_PROJECTION,
+    SCALE_SUFFIX,
+    TensorRow,
+    layer_prefix,
+    scale_shape,
+    tensor_table,
+)
 from dsa_jax.checkpoint.safetensors_file import TensorEntry
 from dsa_jax.config import ModelConfig
 
@@ -75,10 +82,10 @@ def find_faults(tensors: Tensors, config: ModelConfig, *, read_scales: bool) -> 
         if fault := _fault_of(tensors, name, row, read_scales):
             faults.setdefault(fault[0], []).append(fault[1])
     unknown = [name for name in tensors.entries if name not in known]
-    if not config.n_mtp_layers:
-        prefix = layer_prefix(config.n_layers)
-        if skipped := sum(name.startswith(prefix) for name in unknown):
-            logger.info("%s: %d tensors of the MTP layer are left out", tensors.path, skipped)
+    prefix = layer_prefix(config.n_layers)
+    if not config.n_mtp_layers and prefix + MTP_PROJECTION in tensors.entries:
+        skipped = sum(name.startswith(prefix) for name in unknown)
+        logger.info("%s: %d tensors of the MTP layer are left out", tensors.path, skipped)
         unknown = [name for name in unknown if not name.startswith(prefix)]
     if unknown:
         faults["tensors unknown to this config"] = unknown

@@ -25,6 +25,12 @@ def run_command(
     except BAD_INPUT + failures as error:
         if traceback or os.environ.get("DSA_JAX_TRACEBACK"):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"{prog}: {message}", file=sys.stderr)
+        print(f"{prog}: {_message(error)}", file=sys.stderr)
         return 1 if isinstance(error, failures) else 2
+
+
+def _message(error: Exception) -> str:
+    """One line. The operating system's own errors, "[Errno 13] Permission denied: 'x'", become a sentence."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename} cannot be read or written: {error.strerror.lower()}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsa_jax.checkpoint.files import refuse_lfs_pointer
+
 if TYPE_CHECKING:
     import numpy as np
 
     from dsa_jax.config import ModelConfig
 
-_LFS_POINTER = b"version https://git-lfs"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -74,13 +75,7 @@ def open_tokenizer(path: Path) -> Any:
     """The tokenizer in this file. Raises ValueError for a file that is none, OSError for one that is not there."""
     from tokenizers import Tokenizer, __version__
 
-    with path.open("rb") as stream:
-        start = stream.read(len(_LFS_POINTER))
-    if start == _LFS_POINTER:
-        raise ValueError(
-            f"{path} is a Git LFS pointer, not the tokenizer itself: run `git lfs pull` in its folder, or download "
-            "the file again"
-        )
+    refuse_lfs_pointer(path)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no narrower class for a file that it cannot parse

@@ -1,7 +1,6 @@
-"""Runs transformers' DeepseekV32ForCausalLM, the model to compare with. Needs torch and transformers."""
+"""Runs transformers' own model, the one to compare with. Needs torch and transformers."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,12 @@ from unittest import mock
 
 import numpy as np
 
+from dsa_jax.checkpoint.files import read_json_object
 from dsa_jax.checkpoint.hf_reader import HfFolder
+
+CLASSES = {"deepseek_v32": "DeepseekV32", "glm_moe_dsa": "GlmMoeDsa"}
+"""model_type of config.json -> how the names of transformers' classes for it begin. GLM's indexer rotates its keys in
+another way, so that the class of the other type runs without a complaint and gives other logits."""
 
 
 def transformers_reference(
@@ -24,7 +28,8 @@ def transformers_reference(
     tokens: [B T] ids. Returns the arrays listed in `dsa_jax.parity.compare`.
     selected: another run's arrays. Each layer then attends to that run's "layer{i}.topk" instead of its own
     selection, which is returned all the same.
-    Raises ImportError without torch or transformers, ValueError if the folder does not fill the model.
+    Raises ImportError without torch or transformers, FileNotFoundError for a folder without config.json, ValueError for
+    a model_type that has no class here and for a folder that does not fill the model.
     """
     try:
         import torch
@@ -35,11 +40,19 @@ def transformers_reference(
         ) from error
 
     folder = Path(model_dir)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no config.json, and transformers reads Hugging Face folders only: convert it with "
+            f"`dsa-jax convert {folder} OUT --format hf` and compare OUT"
+        )
+    values = read_json_object(folder / "config.json")
     with quiet(transformers):
-        if "quantization_config" in json.loads((folder / "config.json").read_text()):
-            model = dequantised_model(folder)
+        config = class_of(values, "Config").from_pretrained(folder)
+        model_class = class_of(values, "ForCausalLM")
+        if values.get("quantization_config"):
+            model = dequantised_model(folder, config, model_class)
         else:
-            model = own_loader(folder)
+            model = own_loader(folder, config, model_class)
     arrays: dict[str, np.ndarray] = {"input_ids": np.asarray(tokens, np.int64)}
     with capture(model, arrays, selected), torch.no_grad():
         output = model(torch.from_numpy(arrays["input_ids"]), use_cache=False)
@@ -62,13 +75,32 @@ def quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def own_loader(folder: Path) -> Any:
-    """The model as transformers reads it."""
-    import torch
+def class_of(values: Mapping[str, Any], kind: str) -> Any:
+    """transformers' class for these values of config.json; kind: "Config" or "ForCausalLM".
+
+    Raises ValueError for a model_type that has none here or in the installed transformers.
+    """
     import transformers
 
-    model, info = transformers.DeepseekV32ForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    model_type = values.get("model_type")
+    if model_type not in CLASSES:
+        raise ValueError(
+            f"config.json: model_type must be {' or '.join(CLASSES)} to compare with transformers, got {model_type!r}"
+        )
+    name = CLASSES[model_type] + kind
+    if not hasattr(transformers, name):
+        raise ValueError(
+            f"transformers {transformers.__version__} has no {name} for model_type {model_type}: install a newer one"
+        )
+    return getattr(transformers, name)
+
+
+def own_loader(folder: Path, config: Any, model_class: Any) -> Any:
+    """The model as transformers reads it."""
+    import torch
+
+    model, info = model_class.from_pretrained(
+        folder, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ValueError(
@@ -78,10 +110,9 @@ def own_loader(folder: Path) -> Any:
     return model.eval()
 
 
-def dequantised_model(folder: Path) -> Any:
+def dequantised_model(folder: Path, config: Any, model_class: Any) -> Any:
     """The model, filled with weights that our own reader turned into float32."""
     import torch
-    import transformers
 
     stored = HfFolder(folder)
 
@@ -90,11 +121,8 @@ def dequantised_model(folder: Path) -> Any:
             raise ValueError(f"{folder} has no tensor '{name}', which transformers' model needs")
         return torch.from_numpy(np.array(stored.read_weight(name), np.float32))
 
-    config = transformers.DeepseekV32Config.from_pretrained(folder)
     del config.quantization_config
-    model = transformers.DeepseekV32ForCausalLM._from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = model_class._from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             prefix, _, kind = name.rpartition(".")
@@ -119,11 +147,14 @@ def capture(
             indexer, gate = layer.self_attn.indexer, getattr(layer.mlp, "gate", None)
             hooks = [
                 (layer, _keep(arrays, f"layer{i}.out")),
-                (layer.self_attn, _keep(arrays, f"layer{i}.attn", 0)),
+                (layer.self_attn, _keep(arrays, f"layer{i}.attn")),
                 (layer.mlp, _keep(arrays, f"layer{i}.mlp")),
-                (indexer, _keep(arrays, f"layer{i}.topk")),
             ]
-            if selected is not None:
+            if indexer is not None:  # a layer without one attends to the keys of the layer before it
+                hooks.append((indexer, _keep(arrays, f"layer{i}.topk")))
+                recorded = _record_scores(indexer.forward, arrays, f"layer{i}.index_scores")
+                stack.enter_context(mock.patch.object(indexer, "forward", recorded))
+            if selected is not None and indexer is not None:
                 hooks.append((indexer, _replace(selected[f"layer{i}.topk"])))
             if gate is not None:
                 hooks += [
@@ -131,8 +162,6 @@ def capture(
                 ]
             for module, hook in hooks:
                 stack.callback(module.register_forward_hook(hook).remove)
-            recorded = _record_scores(indexer.forward, arrays, f"layer{i}.index_scores")
-            stack.enter_context(mock.patch.object(indexer, "forward", recorded))
         yield
 
 
@@ -140,11 +169,11 @@ Hook = Callable[[Any, Any, Any], Any]
 """PyTorch's forward hook: (module, inputs, output) -> None, or another output."""
 
 
-def _keep(arrays: dict[str, np.ndarray], key: str, index: int | None = None) -> Hook:
-    """A hook that copies the output, or one of the outputs, into arrays[key]."""
+def _keep(arrays: dict[str, np.ndarray], key: str, index: int = 0) -> Hook:
+    """A hook that copies the output, or the one of several at this index, into arrays[key]."""
 
     def hook(module: Any, inputs: Any, output: Any) -> None:
-        arrays[key] = _to_numpy(output if index is None else output[index])
+        arrays[key] = _to_numpy(output[index] if isinstance(output, tuple) else output)
 
     return hook
 

@@ -1,5 +1,6 @@
 """`python -m train.export`: what it writes is the newest checkpoint, with adapters merged at alpha / rank."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,11 +10,13 @@ import pytest
 from flax import traverse_util
 
 from dsa_jax.checkpoint import convert, load_config, load_params, write_hf
+from dsa_jax.checkpoint.hf_reader import HfFolder
 from tests.train.same import same_bits
 from tests.train.small import CONFIG, initial, small_run
 from train.checkpoint import Checkpoints
 from train.config import Lora, Source, dense, to_json
 from train.export import carried_files, main
+from train.initial import from_checkpoint
 from train.lora import with_adapters
 from train.step import begin_stage
 
@@ -83,6 +86,30 @@ def test_files_of_the_checkpoint_that_training_started_from_are_passed_on(tmp_pa
             assert (tmp_path / f"out-{kind}" / name).read_bytes() == (base / name).read_bytes()
 
 
+COPIES = {
+    f"model.layers.{CONFIG.n_layers}.{name}" for name in ("embed_tokens.weight", "shared_head.head.weight")
+}
+
+
+def test_an_mtp_layer_that_came_without_copies_is_exported_without_them(tmp_path):
+    """As GLM-5 is released. A run that started from random parameters gets the copies of DeepSeek's release."""
+    params = {"params": dict(initial()["params"])}
+    params["params"]["mtp"] = {k: v for k, v in params["params"]["mtp"].items() if k not in ("embed", "head")}
+    shared = dataclasses.replace(CONFIG, mtp_shared_embeddings=True)
+    write_hf(tmp_path / "base", params, shared, mtp_copies=False)
+    convert(tmp_path / "base", tmp_path / "orbax")
+    for kind, copies in (("base", False), ("orbax", False), (None, True)):
+        run = small_run(*STAGES, model=shared, init_from=kind and str(tmp_path / kind))
+        assert from_checkpoint(run).model.mtp_shared_embeddings
+        write_run(tmp_path / f"run-{kind}", params, model=run.model, init_from=run.init_from)
+        found = exported(tmp_path / f"run-{kind}", out := tmp_path / f"out-{kind}")
+        names = set(HfFolder(out).entries)
+        assert names >= COPIES if copies else not names & COPIES
+        assert load_config(out).mtp_shared_embeddings is not copies
+        expected = traverse_util.flatten_dict(params["params"], sep=".")
+        assert all(same_bits(found[path], leaf) for path, leaf in expected.items())
+
+
 def test_the_tokenizer_of_the_data_replaces_that_of_init_from(tmp_path):
     for name in ("base", "data"):
         (tmp_path / name).mkdir()
@@ -125,3 +152,30 @@ def test_a_folder_that_is_no_run_gives_one_line(tmp_path, capsys):
     assert main([str(tmp_path), str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "has no config.json: give the folder of a run" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model": ', "is not valid JSON"),
+        ("[1]", "must hold a JSON object, got a list"),
+        ('{"architectures": ["DeepseekV32ForCausalLM"]}', "does not describe a run of `python -m train`"),
+        ('{"model": {"vocab_size": "x"}}', "does not describe a run of `python -m train`"),
+    ],
+)
+def test_a_description_that_is_none_gives_one_line(tmp_path, capsys, content, message):
+    (tmp_path / "config.json").write_text(content)
+    assert main([str(tmp_path), str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'config.json'} {message}" in line
+
+
+def test_options_and_destination_are_checked_before_the_run_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.export.trained", lambda folder: pytest.fail("the run was read"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious").write_text("")
+    assert main([str(tmp_path), str(tmp_path / "taken")]) == 2
+    assert "taken exists and is not an empty folder" in capsys.readouterr().err
+    for size in ("0", "-1"):
+        assert main([str(tmp_path), str(tmp_path / "out"), f"--max-shard-bytes={size}"]) == 2
+        assert f"max_shard_bytes must be positive, got {size}" in capsys.readouterr().err

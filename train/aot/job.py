@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from typing import Any
 import jax
 
 from dsa_jax.checkpoint import from_hf, load_config
+from dsa_jax.checkpoint.files import read_json_object
+from dsa_jax.checkpoint.hf_config import file_named
 from dsa_jax.config import ModelConfig, deepseek_v32, glm5, tiny
 from dsa_jax.sharding import AXES, check_mesh, make_mesh
 from train.aot.chips import CHIPS, Chip
@@ -76,22 +77,23 @@ class Job:
         return per_token * self.batch * self.queries * (3 if self.mode == "train" else 1)
 
 
-def read_config(name: str) -> ModelConfig:
+def read_config(name: str, ignore: tuple[str, ...] = ()) -> ModelConfig:
     """The config with this name, of a config.json, or of a checkpoint folder.
 
+    ignore: unknown keys of config.json to accept.
+
     Raises:
-      ValueError: ``name`` is none of these.
+      ValueError: ``name`` is none of these, or its config.json cannot be read.
     """
     path = Path(name)
     if name in CONFIGS:
         return CONFIGS[name]()
     if path.is_file():
-        try:
-            return from_hf(json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a config.json: {error}") from error
+        values = read_json_object(path)
+        with file_named(path):
+            return from_hf(values, ignore=ignore)
     if path.is_dir():
-        return load_config(path)
+        return load_config(path, ignore=ignore)
     raise ValueError(f"--config must be one of {', '.join(CONFIGS)}, a config.json or a folder, got {name!r}")
 
 
@@ -103,8 +105,9 @@ def read_job(options: Options) -> Job:
     """
     for name in ("seq_len", "batch", "layers", "chunk", "query_block", "tries"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if value is not None and not 1 <= value < 2**31:
+            shown = value if abs(value) < 10**20 else "more than 20 digits"
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1 and below 2**31, got {shown}")
     if options.chunk and (options.mode != "prefill" or options.chunk > options.seq_len):
         raise ValueError(
             f"--chunk is for --mode prefill and at most --seq-len={options.seq_len}, got {options.chunk} and "
@@ -114,7 +117,7 @@ def read_job(options: Options) -> Job:
         raise ValueError(f"--plan is for TPUs, got --topology {options.topology}")
     if options.suggest and options.mesh:
         raise ValueError(f"--suggest chooses the mesh itself, got --mesh {options.mesh} too")
-    config = read_config(options.config)
+    config = read_config(options.config, options.ignore)
     layers = options.layers or config.n_layers
     training = options.mode in STAGES
     config = dataclasses.replace(

@@ -54,5 +54,7 @@ class Options:
     """Write all results to this file."""
     dump: Path | None = None
     """Keep XLA's dumps of the program in this folder: text, buffers, live ranges."""
+    ignore: tuple[str, ...] = ()
+    """Keys of config.json that are unknown here and do not change the model."""
     traceback: bool = False
     """On bad input, show where the error arose."""

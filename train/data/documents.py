@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dsa_jax.checkpoint.files import refuse_lfs_pointer
+
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 
@@ -105,7 +107,7 @@ def file_documents(file: Path, name: str) -> Iterator[Document]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}:{number}: must be JSON, {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise ValueError(
@@ -124,6 +126,7 @@ def decoded(file: Path, name: str) -> str:
     Raises:
       ValueError: the bytes are not in that encoding, as "name:line: reason".
     """
+    refuse_lfs_pointer(file)
     data = file.read_bytes()
     encoding = "utf-8-sig"
     if file.suffix == ".py":
@@ -152,13 +155,11 @@ def without_repeats(documents: Sequence[Document]) -> list[Document]:
 def split_documents(documents: Sequence[Document], validation_share: float) -> dict[str, list[Document]]:
     """train and validation, by a hash of the name: adding documents never moves one to the other split.
 
-    If no hash falls into the share, the document with the lowest hash is the validation split.
+    documents: at least 2. If no hash falls into the share, the document with the lowest hash is the validation split.
 
     Raises:
-      ValueError: fewer than 2 documents, or a share that leaves none to train on.
+      ValueError: a share that leaves none to train on.
     """
-    if len(documents) < 2:
-        raise ValueError(f"two splits need at least 2 different documents, got {len(documents)}")
     digests = [hashlib.sha256(document.name.encode()).digest() for document in documents]
     draws = [int.from_bytes(digest[:8]) for digest in digests]
     bound = max(round(validation_share * 2**64), min(draws) + 1)

@@ -2,8 +2,8 @@
 
 DIR then holds tokenizer.json and, for the splits train and validation,
 
-    {split}.npy         [tokens] uint16 (uint32 above 65,536 ids): each document is bos, its text, eos
-    {split}_starts.npy  [documents] int64: position of each document's bos
+    {split}.npy         [tokens] uint16 (uint32 above 65,536 ids): each document is bos, if there is one, its text, eos
+    {split}_starts.npy  [documents] int64: position of each document's first token
 
 and manifest.json: sources, licences, sizes and checksums. The same input gives the same bytes with the same version
 of `tokenizers`. All documents are held in memory at once.
@@ -16,16 +16,17 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dsa_jax.commands.errors import run_command
 from dsa_jax.commands.inputs import open_tokenizer
 from train.data.documents import SUFFIXES, Document, read_source, split_documents, without_repeats
-from train.data.tokenizer import special_ids, train_tokenizer
+from train.data.tokenizer import ROLES, Ids, as_list, check_vocab_size, special_ids, train_tokenizer
 
 
 def prepare(
@@ -34,6 +35,7 @@ def prepare(
     *,
     vocab_size: int = 4096,
     tokenizer_file: Path | None = None,
+    special_tokens: Mapping[str, Sequence[str]] | None = None,
     validation_share: float = 0.02,
     tests: bool = False,
     licence: str | None = None,
@@ -41,7 +43,8 @@ def prepare(
     """Writes the folder ``out``, which appears only when it is complete, and returns its manifest.
 
     sources: "stdlib", files or folders. tests, licence: see ``read_source``. The tokenizer is trained on the train
-    split unless ``tokenizer_file`` is given.
+    split unless ``tokenizer_file`` is given. special_tokens: the texts of its "bos", "eos" and "pad" tokens, where the
+    files beside it do not say which these are (``special_ids``).
 
     Raises:
       ValueError: input that cannot be read, naming file and line, or ``out`` is neither new nor empty.
@@ -53,20 +56,31 @@ def prepare(
         raise ValueError(f"the output folder must be new or empty, got {out}")
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share must be between 0 and 1, got {validation_share}")
-    if tokenizer_file is not None and not tokenizer_file.is_file():
-        raise ValueError(f"tokenizer_file must be a tokenizer.json, got {tokenizer_file}")
+    made = special = None
+    if tokenizer_file is not None:
+        made = open_tokenizer(tokenizer_file)
+        special = special_ids(made, tokenizer_file.parent, special_tokens)
+    elif special_tokens:
+        raise ValueError("special tokens can be named for a tokenizer made elsewhere: give --tokenizer too")
+    check_vocab_size(vocab_size)
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         read = [
             read_source(source, tests, licence) for source in progress.track(sources, description="reading")
         ]
         documents = [document for found, _ in read for document in found]
-        splits = split_documents(distinct := without_repeats(documents), validation_share)
+        distinct = without_repeats(documents)
+        if len(distinct) < 2:
+            raise ValueError(
+                f"two splits need at least 2 different documents, got {len(distinct)} from {', '.join(sources)}"
+            )
+        splits = split_documents(distinct, validation_share)
         bar = progress.add_task("the tokenizer", total=None)
-        tokenizer = tokenizer_for(splits["train"], vocab_size, tokenizer_file)
+        tokenizer = made or train_tokenizer([document.text for document in splits["train"]], vocab_size)
+        tokenizer.encode_special_tokens = True  # special tokens written in a text stay text
         progress.update(bar, total=1, completed=1)
         folder = out.with_name(f".{out.name}.partial")
-        written = write_splits(folder, splits, tokenizer, progress.track)
+        written = write_splits(folder, splits, tokenizer, special or special_ids(tokenizer), progress.track)
     manifest = {
         "sources": [entry for _, entry in read],
         "empty_or_repeated": len(documents) - len(distinct),
@@ -81,23 +95,16 @@ def prepare(
     return manifest
 
 
-def tokenizer_for(documents: Sequence[Document], vocab_size: int, file: Path | None) -> Any:
-    """The tokenizer of ``file``, or one trained on the documents. Special tokens written in a text stay text."""
-    if file is None:
-        tokenizer = train_tokenizer([document.text for document in documents], vocab_size)
-    else:
-        tokenizer = open_tokenizer(file)
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
 def write_splits(
-    folder: Path, splits: dict[str, list[Document]], tokenizer: Any, track: Callable[..., Iterable[Any]]
+    folder: Path,
+    splits: dict[str, list[Document]],
+    tokenizer: Any,
+    special: Mapping[str, Ids],
+    track: Callable[..., Iterable[Any]],
 ) -> dict[str, Any]:
     """Writes tokenizer.json and the arrays of all splits into a new ``folder``; what the manifest says about them."""
     from tokenizers import __version__
 
-    special = special_ids(tokenizer)
     n_ids = max(tokenizer.get_vocab().values()) + 1  # a tokenizer made elsewhere may have gaps
     dtype = np.dtype(np.uint16 if n_ids <= 2**16 else np.uint32)
     shutil.rmtree(folder, ignore_errors=True)
@@ -121,18 +128,19 @@ def write_split(
     path: Path,
     documents: Sequence[Document],
     tokenizer: Any,
-    special: dict[str, int],
+    special: Mapping[str, Ids],
     dtype: np.dtype,
     track: Callable[[range], Iterable[int]],
 ) -> dict[str, Any]:
     """Writes PATH.npy and PATH_starts.npy, bos and eos around each document; the split's entry in the manifest."""
+    before, after = as_list(special.get("bos")), as_list(special["eos"])
     pieces: list[np.ndarray] = []
     n_bytes = 0
     for first in track(range(0, len(documents), 64)):
         texts = [document.text for document in documents[first : first + 64]]
         n_bytes += sum(len(text.encode()) for text in texts)
         for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            pieces.append(np.array([special["bos"], *encoding.ids, special["eos"]], dtype))
+            pieces.append(np.array([*before, *encoding.ids, *after], dtype))
     tokens = np.concatenate(pieces)
     np.save(tokens_file := path.with_name(f"{path.name}.npy"), tokens)
     starts = np.cumsum([0, *(len(piece) for piece in pieces[:-1])], dtype=np.int64)
@@ -152,30 +160,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; new or empty")
     parser.add_argument("--vocab-size", type=int, default=4096, help="ids of the tokenizer that is trained")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use instead of training one")
+    for role, count, use in (("bos", "*", "begin"), ("eos", "+", "end"), ("pad", 1, "pad a row after")):
+        parser.add_argument(
+            f"--{role}-token",
+            nargs=count,
+            metavar="TOKEN",
+            help=f"with --tokenizer: what is to {use} a document, instead of what the files beside it say",
+        )
     parser.add_argument(
         "--validation-share", type=float, default=0.02, help="share of the documents, by a hash of the name"
     )
     parser.add_argument("--tests", action="store_true", help="stdlib: include Python's own tests")
     parser.add_argument("--licence", help="licence of the files, for the manifest")
     options = parser.parse_args(arguments)
-    started = time.perf_counter()
-    try:
+    named = {role: getattr(options, f"{role}_token") for role in ROLES}
+
+    def run() -> int:
+        started = time.perf_counter()
         manifest = prepare(
             options.sources,
             options.out,
             vocab_size=options.vocab_size,
             tokenizer_file=options.tokenizer,
+            special_tokens={role: tokens for role, tokens in named.items() if tokens is not None},
             validation_share=options.validation_share,
             tests=options.tests,
             licence=options.licence,
         )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for split, size in manifest["splits"].items():
-        print(f"{split}: {size['documents']:,} documents, {size['bytes']:,} bytes, {size['tokens']:,} tokens")
-    print(f"{options.out}: {manifest['vocab_size']:,} ids, {time.perf_counter() - started:.1f} s")
-    return 0
+        for split, size in manifest["splits"].items():
+            print(
+                f"{split}: {size['documents']:,} documents, {size['bytes']:,} bytes, {size['tokens']:,} tokens"
+            )
+        print(f"{options.out}: {manifest['vocab_size']:,} ids, {time.perf_counter() - started:.1f} s")
+        return 0
+
+    return run_command("python -m train.data.prepare", run)
 
 
 if __name__ == "__main__":

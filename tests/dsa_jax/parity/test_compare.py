@@ -5,7 +5,9 @@ import importlib.util
 import io
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from rich.console import Console
 from dsa_jax.checkpoint import load_config, load_params, write_hf
 from dsa_jax.config import ModelConfig, tiny
 from dsa_jax.parity.compare import compare, run_ours
-from dsa_jax.parity.reference import transformers_reference
+from dsa_jax.parity.reference import class_of, transformers_reference
 from dsa_jax.parity.report import Tolerance
 from dsa_jax.transformer import Transformer
 
@@ -188,17 +190,25 @@ CASES = [
 ]
 
 
-def write_random_model(folder: Path, seed: int, **sizes: object) -> None:
+def write_random_model(
+    folder: Path,
+    seed: int,
+    *,
+    model_type: str = "deepseek_v32",
+    save: Mapping[str, Any] = {},
+    **sizes: object,
+) -> None:
     """A checkpoint written by transformers, with weights that make every part of the model matter.
 
     The default initialisation would hide mistakes: zero biases, unit norms, and scores almost equal to each
-    other.
+    other. save: options of save_pretrained.
     """
     import torch
     import transformers
 
-    config = transformers.DeepseekV32Config(**(SIZES | sizes), max_position_embeddings=4096)
-    model = transformers.DeepseekV32ForCausalLM(config).float()
+    values = {"model_type": model_type}
+    config = class_of(values, "Config")(**(SIZES | sizes), max_position_embeddings=4096)
+    model = class_of(values, "ForCausalLM")(config).float()
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -215,7 +225,7 @@ def write_random_model(folder: Path, seed: int, **sizes: object) -> None:
             tensor.copy_(torch.from_numpy(value))
     logging = transformers.utils.logging
     logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **save)
     logging.enable_progress_bar()
 
 
@@ -275,11 +285,12 @@ def test_yarn_variants_match_transformers(tmp_path, variant):
 
 @needs_torch
 @pytest.mark.parity
-def test_fp8_blocks_match_transformers(tmp_path):
+@pytest.mark.parametrize("interleaved", [False, True], ids=["deepseek_v32", "glm_moe_dsa"])
+def test_fp8_blocks_match_transformers(tmp_path, interleaved):
     """The released layout: FP8 with a ragged block (144 rows), shards, and an MTP layer."""
     config = tiny(
         vocab_size=256, d_model=128, d_ff=192, d_expert=64, q_lora_rank=64, kv_lora_rank=128,
-        qk_nope_head_dim=32, qk_rope_head_dim=16, init_std=0.08,
+        qk_nope_head_dim=32, qk_rope_head_dim=16, init_std=0.08, index_rope_interleaved=interleaved,
     )  # fmt: skip
     params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     folder = tmp_path / "fp8"

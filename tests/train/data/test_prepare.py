@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 import train.data.prepare
 from train.data.documents import read_source, split_documents, stdlib_documents
 from train.data.prepare import main, prepare
+from train.data.rows import PackedRows
 from train.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 TEXTS = [f"def f{n}(x):\n    return x + {n}  # été, \t日本 {'<|eos|>' * (n % 2)}\n" for n in range(60)]
@@ -117,9 +118,95 @@ def test_a_tokenizer_made_elsewhere_is_used_unchanged(corpus, tmp_path):
     assert manifest["special_tokens"] == {"bos": 0, "eos": 1, "pad": 2}
     assert manifest["vocab_size"] == 280
 
-    (tmp_path / "bad.json").write_text(text.replace("<|pad|>", "<|fill|>"), encoding="utf-8")
-    with pytest.raises(ValueError, match="must have a token for pad"):
+    (tmp_path / "bad.json").write_text(text.replace("<|eos|>", "<|fill|>"), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match="must have a token that ends a document: name it, as in --eos-token"
+    ):
         prepare([str(corpus)], tmp_path / "bad", tokenizer_file=tmp_path / "bad.json")
+
+
+def glm_tokenizer(folder: Path, **files: object) -> Path:
+    """A tokenizer whose special tokens have GLM's names: <|endoftext|> 0, [gMASK] 1, <sop> 2; and files beside it."""
+    own = Tokenizer.from_str(train_tokenizer(TEXTS, 280).to_str()).to_str()
+    for name, new in (("<|bos|>", "<|endoftext|>"), ("<|eos|>", "[gMASK]"), ("<|pad|>", "<sop>")):
+        own = own.replace(name, new)
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(own.replace("<|reserved_", "<|tool_"), encoding="utf-8")
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder / "tokenizer.json"
+
+
+END = "<|endoftext|>"
+GLM_CONFIG = {"eos_token": END, "pad_token": END, "extra_special_tokens": [END, "[gMASK]", "<sop>"]}
+NAMED = {
+    "tokenizer_config": ({"tokenizer_config": GLM_CONFIG}, {}, {"eos": 0, "pad": 0}),
+    "an added token": (
+        {"tokenizer_config": {"eos_token": {"content": END}, "bos_token": None}}, {}, {"eos": 0, "pad": 0},
+    ),
+    "special_tokens_map": (
+        {"special_tokens_map": {"eos_token": END, "bos_token": "<sop>"}}, {}, {"bos": 2, "eos": 0, "pad": 0},
+    ),
+    "generation_config": ({"generation_config": {"eos_token_id": [0, 1], "pad_token_id": 2}}, {}, {"eos": 0, "pad": 2}),
+    "the first file": (
+        {"tokenizer_config": {"eos_token": END}, "generation_config": {"eos_token_id": 2, "bos_token_id": 1}},
+        {}, {"bos": 1, "eos": 0, "pad": 0},
+    ),
+    "options": ({}, {"bos": ("[gMASK]", "<sop>"), "eos": (END,)}, {"bos": [1, 2], "eos": 0, "pad": 0}),
+    "options before files": ({"tokenizer_config": GLM_CONFIG}, {"eos": ("<sop>",)}, {"eos": 2, "pad": 0}),
+    "an option for none": (
+        {"special_tokens_map": {"eos_token": END, "bos_token": "<sop>"}}, {"bos": ()}, {"eos": 0, "pad": 0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_special_tokens_are_those_that_files_or_options_name(corpus, tmp_path, case):
+    files, options, expected = NAMED[case]
+    tokenizer = glm_tokenizer(tmp_path / "glm", **files)
+    manifest = prepare([str(corpus)], tmp_path / "out", tokenizer_file=tokenizer, special_tokens=options)
+    assert manifest["special_tokens"] == expected
+    before = expected.get("bos", [])
+    before = before if isinstance(before, list) else [before]
+    for document in documents_of(tmp_path / "out", "train"):
+        assert document[: len(before)].tolist() == before and document[-1] == expected["eos"]
+        assert document[len(before) : -1].min() > 2
+    rows = PackedRows(tmp_path / "out", "train", 64)
+    last = rows[len(rows) - 1]
+    assert (last["tokens"][last["segment_ids"] == 0] == expected["pad"]).all()
+
+
+def test_options_name_special_tokens_on_the_command_line(corpus, tmp_path, capsys):
+    tokenizer = glm_tokenizer(tmp_path / "glm")
+    command = [str(corpus), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer)]
+    assert main(command) == 2
+    assert "name it, as in --eos-token '<|endoftext|>'" in capsys.readouterr().err
+    assert (
+        main([*command, "--bos-token", "[gMASK]", "<sop>", "--eos-token", END, "--pad-token", "[gMASK]"]) == 0
+    )
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["special_tokens"] == {"bos": [1, 2], "eos": 0, "pad": 1}
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        ({"tokenizer_config": {"eos_token": "</s>"}}, {}, "tokenizer_config.json is '</s>', which is no token"),
+        ({"tokenizer_config": {"eos_token": 5}}, {}, "tokenizer_config.json: eos_token must be the text of a token"),
+        ({"tokenizer_config": {"eos_token": {"id": 5}}}, {}, "eos_token must be the text of a token, got {'id': 5}"),
+        ({"tokenizer_config": ["</s>"]}, {}, "tokenizer_config.json must hold a JSON object, got a list"),
+        ({"generation_config": {"eos_token_id": 10**6}}, {}, "generation_config.json: eos_token_id must be the id"),
+        ({"generation_config": {"eos_token_id": 2**70}}, {}, "eos_token_id must be the id of a token"),
+        ({"generation_config": {"eos_token_id": []}}, {}, r"eos_token_id must be the id of a token .*got \[\]"),
+        ({}, {"eos": ("<x>",)}, "--eos-token is '<x>', which is no token of the tokenizer"),
+        ({}, {"eos": (END,), "pad": (END, "<sop>")}, "pad must be one token, got 2"),
+    ],
+)  # fmt: skip
+def test_special_tokens_that_do_not_exist_are_refused(corpus, tmp_path, files, options, message):
+    tokenizer = glm_tokenizer(tmp_path / "glm", **files)
+    with pytest.raises(ValueError, match=message):
+        prepare([str(corpus)], tmp_path / "out", tokenizer_file=tokenizer, special_tokens=options)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +238,7 @@ def test_bad_arguments_are_refused_before_any_work(corpus, tmp_path, capsys):
     with pytest.raises(ValueError, match="must be new or empty"):
         prepare([str(corpus)], corpus)
     assert main([str(tmp_path / "absent"), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("error: a source must be stdlib")
+    assert capsys.readouterr().err.startswith("python -m train.data.prepare: a source must be stdlib")
     assert not (tmp_path / "out").exists()
 
 
