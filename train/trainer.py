@@ -19,7 +19,7 @@ from train.data.sources import training_batches
 from train.distributed import check_shared
 from train.evaluation import Evaluation, fingerprint, summarise
 from train.initial import initial_params, lora_scale
-from train.lora import merged
+from train.lora import adapted, merged
 from train.loss import Metrics, switched
 from train.measure.flops import training_flops
 from train.metrics import EVAL_FILE, METRICS_FILE, JsonLines, LiveLine, as_json, memory_bytes
@@ -190,7 +190,7 @@ class _Trainer:
             (line["step"], line["after"]) == (step, after) for line in lines
         ):
             return
-        found = self.evaluation.line(merged(state.params, lora_scale(self.run)), after)
+        found = self.evaluation.line(adapted(state.params, lora_scale(self.run)), after)
         sha256 = {"model_sha256": fingerprint(state.params)}
         self.records.evaluations.add({"step": step, "after": after} | found | sha256)
 
