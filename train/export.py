@@ -21,6 +21,7 @@ from dsa_jax.commands.errors import run_command
 from dsa_jax.config import ModelConfig
 from train.checkpoint import Checkpoints
 from train.config import Run, from_json
+from train.data.provenance import tokenizer_of
 from train.initial import initial_params, lora_scale
 from train.lora import merged
 
@@ -77,9 +78,9 @@ def carried_files(run: Run) -> tuple[Path, ...]:
                 "the export, and that folder is not there; put it back, or a folder with these files in its place"
             )
         found = {file.name: file for file in files_to_carry(Path(run.init_from))}
-    folders = [Path(source.folder) for source in run.data if source.folder]
-    if folders and (folders[0] / "tokenizer.json").is_file():
-        found["tokenizer.json"] = folders[0] / "tokenizer.json"
+    sources = [source for source in run.data if source.folder]
+    if sources and (tokenizer := tokenizer_of(sources[0])):
+        found["tokenizer.json"] = tokenizer
     return tuple(found.values())
 
 

@@ -9,9 +9,15 @@ import jax.numpy as jnp
 from dsa_jax.checkpoint import load_config, load_params
 from dsa_jax.transformer import Transformer
 from train.config import Run
+from train.data.provenance import check_tokenizers, with_data_recorded
 from train.lora import with_adapters
 from train.optimizer import group_of, trained_groups
 from train.placement import RunSharding
+
+# Of ModelConfig: how a model is computed. The other fields are sizes, which a checkpoint decides.
+SWITCHES = (
+    "attention_form", "index_fp8", "kv_fp8", "implementation", "dtype", "param_dtype", "query_block", "remat",
+)  # fmt: skip
 
 
 def initial_params(run: Run, load: bool = True, sharding: RunSharding | None = None) -> Any:
@@ -58,11 +64,19 @@ def from_checkpoint(run: Run) -> Run:
     """The run with the sizes of the model in ``run.init_from``; how to compute stays as the run says."""
     if run.init_from is None:
         return run
-    switches = (
-        "attention_form", "index_fp8", "kv_fp8", "implementation", "dtype", "param_dtype", "query_block", "remat",
-    )  # fmt: skip
-    changes = {name: getattr(run.model, name) for name in switches}
+    changes = {name: getattr(run.model, name) for name in SWITCHES}
     return dataclasses.replace(run, model=load_config(run.init_from, **changes))
+
+
+def checked(run: Run) -> Run:
+    """The run as it starts: its final model takes its rows, and its data are recorded and have the model's tokens.
+
+    Raises:
+      ValueError: they do not; see ``Run.check_rows`` and ``train.data.provenance``.
+    """
+    run.check_rows()
+    check_tokenizers(run)
+    return with_data_recorded(run)
 
 
 def lora_scale(run: Run) -> float:
