@@ -8,6 +8,7 @@ tokenizer_config.json, chat template and the like. ``--dtype bfloat16`` and ``fl
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ from train.initial import initial_params, lora_scale
 from train.lora import merged
 
 
-def trained(folder: Path) -> tuple[Run, Any]:
+def trained(folder: str | os.PathLike[str]) -> tuple[Run, Any]:
     """The run in ``folder`` and the {"params": tree} of its newest checkpoint, adapters merged.
 
     Raises:
       ValueError: the folder holds no run or no readable checkpoint.
     """
+    folder = Path(folder)
     description = folder / "config.json"
     if not description.is_file():
         raise ValueError(f"{folder} has no config.json: give the folder of a run of `python -m train`")
@@ -53,7 +55,12 @@ def released(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
     return {"params": tree}, dataclasses.replace(config, mtp_shared_embeddings=False)
 
 
-def export(folder: Path, out: Path, dtype: str = "fp8", max_shard_bytes: int = 16_000_000) -> None:
+def export(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: str = "fp8",
+    max_shard_bytes: int = 16_000_000,
+) -> None:
     """Writes the newest checkpoint of the run in ``folder`` to ``out``, which must not exist."""
     run, params = trained(folder)
     params, config = released(params, run.model)

@@ -56,13 +56,13 @@ PRODUCTS = {
 
 
 def arrays_of(x_shape, w_shape, dtype, param_dtype):
-    """x, W and a trained adapter, rounded to their dtypes; and the signs of one more step of B."""
+    """x, W and a new adapter, rounded to their dtypes; and the signs of the first step of B."""
     rng = np.random.default_rng(0)
     *stack, rows, columns = w_shape
     x = rng.standard_normal(x_shape).astype(dtype)
     w = (rng.standard_normal(w_shape) * rows**-0.5).astype(param_dtype)
     a = rng.standard_normal((*stack, rows, RANK)).astype(np.float32)
-    b = (0.02 * rng.standard_normal((*stack, RANK, columns))).astype(np.float32)
+    b = np.zeros((*stack, RANK, columns), np.float32)
     return x, w, a, b, rng.choice([-1.0, 1.0], b.shape)
 
 
@@ -82,7 +82,7 @@ def share_seen(product, dtype, param_dtype):
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("param_dtype", [ml_dtypes.bfloat16, np.float32], ids=["weights bf16", "weights f32"])
 def test_the_output_has_the_whole_of_a_small_update(product, param_dtype):
-    """W + A B rounded to bfloat16 has 1 to 50 % of it. The rest of the way to 1 is what bfloat16 outputs scatter."""
+    """W + A B rounded to bfloat16 has a few percent of it. What bfloat16 outputs scatter is noise around 1."""
     assert share_seen(product, np.float32, param_dtype) == pytest.approx(1.0, abs=0.02)
     assert share_seen(product, ml_dtypes.bfloat16, param_dtype) == pytest.approx(1.0, abs=0.15)
 

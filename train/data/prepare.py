@@ -12,6 +12,7 @@ of `tokenizers`. All documents are held in memory at once.
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 import sysconfig
@@ -30,10 +31,10 @@ from train.data.tokenizer import special_ids, train_tokenizer
 
 def prepare(
     sources: Sequence[str],
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     vocab_size: int = 4096,
-    tokenizer_file: Path | None = None,
+    tokenizer_file: str | os.PathLike[str] | None = None,
     validation_share: float = 0.02,
     tests: bool = False,
     licence: str | None = None,
@@ -49,6 +50,8 @@ def prepare(
     from rich.console import Console
     from rich.progress import Progress
 
+    out = Path(out)
+    tokenizer_file = None if tokenizer_file is None else Path(tokenizer_file)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"the output folder must be new or empty, got {out}")
     if not 0 < validation_share < 1:
