@@ -22,7 +22,7 @@ import pallas_kernels as kernels
 from dsa_jax.cache import Keys, Queries
 from dsa_jax.config import ModelConfig
 from dsa_jax.indexer import index_queries
-from dsa_jax.mla import PER_KEY, absorbed_weights, expand, query_heads
+from dsa_jax.mla import PER_KEY, absorb_keys, expand, query_heads
 from dsa_jax.sharding import PartialSum, as_stored, constrain, shard_map
 from pallas_kernels.arithmetic import accumulator
 from pallas_kernels.blocking import join_queries, split_queries
@@ -159,8 +159,7 @@ def _selected(config: ModelConfig, with_gradients: bool, learned: Learned, const
     def one_block(sums: Losses, xs: Any) -> tuple[Losses, jax.Array]:
         queries, target, valid = xs
         q_nope, q_rope = query_heads(queries, heads, config)
-        w_uk, _ = absorbed_weights(heads, config, queries.hidden.dtype)
-        q_latent = jnp.einsum("BTNP,CNP->BTNC", q_nope, w_uk)
+        q_latent = absorb_keys(q_nope, heads, config)
 
         def loss(learned: Learned) -> tuple[jax.Array, jax.Array]:
             q, weights = index_queries(queries, learned.query_weights, config)

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
+from dsa_jax.adapted import AdaptedWeight
 from dsa_jax.attention_form import prefers_mha
 from dsa_jax.cache import Keys, Placement, Queries
 from dsa_jax.config import ModelConfig
@@ -27,6 +28,7 @@ from dsa_jax.linear import linear
 from dsa_jax.norm import rms_norm
 from dsa_jax.rope import Rotation, rotate_interleaved
 from dsa_jax.sharding import PartialSum, query_axes, shard_map
+from pallas_kernels.arithmetic import einsum
 from pallas_kernels.blocking import map_query_blocks
 from pallas_kernels.keys import visible
 
@@ -157,13 +159,12 @@ def attend_heads(
     def one_block(queries: Queries, *selected: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         indices = selected[0] if selected else _all_visible(queries.key_start, queries.key_stop, S)
         q_nope, q_rope = query_heads(queries, parameters, config)
-        w_uk, w_uv = absorbed_weights(parameters, config, queries.q_compressed.dtype)
         out, lse = kernels.sparse_mla(
-            jnp.einsum("BTNP,CNP->BTNC", q_nope, w_uk),
+            absorb_keys(q_nope, parameters, config),
             q_rope, latent32.astype(keys.latent.dtype), k_rope32.astype(keys.k_rope.dtype), indices,
             scale=config.softmax_scale, implementation=config.implementation,
         )  # fmt: skip
-        out = jnp.einsum("BTNC,CNH->BTNH", out, w_uv)
+        out = absorb_values(out, parameters, config)
         return linear(out.reshape(*out.shape[:2], -1), parameters["wo"]), lse if with_lse else None
 
     arguments = (queries,) if selected is None else (queries, selected)
@@ -190,13 +191,40 @@ def expand(
     return k_nope, v
 
 
-def absorbed_weights(
-    parameters: Parameters, config: ModelConfig, dtype: jnp.dtype
-) -> tuple[Float[Array, "C N P"], Float[Array, "C N H"]]:
-    """W_uk, which maps queries into the latent space, and W_uv, which maps latent outputs to values."""
-    head_dim = config.qk_nope_head_dim + config.v_head_dim
-    w = as_matrix(parameters["wkv_b"], dtype).reshape(config.kv_lora_rank, -1, head_dim)
-    return w[..., : config.qk_nope_head_dim], w[..., config.qk_nope_head_dim :]
+def absorb_keys(
+    q_nope: Float[Array, "B T N P"], parameters: Parameters, config: ModelConfig
+) -> Float[Array, "B T N C"]:
+    """The queries in the latent space: q W_uk^T, where W_uk [C N P] is the part of wkv_b that makes keys."""
+    keys = slice(None, config.qk_nope_head_dim)
+    return _absorb(("BTNP,CNP->BTNC", "BTNP,rNP->BTNr", "BTNr,Cr->BTNC"), q_nope, keys, parameters, config)
+
+
+def absorb_values(
+    out: Float[Array, "B T N C"], parameters: Parameters, config: ModelConfig
+) -> Float[Array, "B T N H"]:
+    """The values of latent outputs: out W_uv, where W_uv [C N H] is the part of wkv_b that makes values."""
+    values = slice(config.qk_nope_head_dim, None)
+    return _absorb(("BTNC,CNH->BTNH", "BTNC,Cr->BTNr", "BTNr,rNH->BTNH"), out, values, parameters, config)
+
+
+def _absorb(
+    equations: tuple[str, str, str], x: jax.Array, part: slice, parameters: Parameters, config: ModelConfig
+) -> jax.Array:
+    """x times this part of each head's columns of wkv_b; beside it, x times its two factors if it has an adapter.
+
+    equations: of the product with the weight, and of the two products with the adapter.
+    """
+    weight, head_dim = parameters["wkv_b"], config.qk_nope_head_dim + config.v_head_dim
+
+    def of_heads(matrix: jax.Array) -> jax.Array:
+        return matrix.reshape(matrix.shape[0], -1, head_dim)[..., part]
+
+    if not isinstance(weight, AdaptedWeight):
+        return jnp.einsum(equations[0], x, of_heads(as_matrix(weight, x.dtype)))
+    factors = (weight.a, of_heads(weight.b)) if "Cr" in equations[1] else (of_heads(weight.b), weight.a)
+    product = einsum(equations[0], x, of_heads(as_matrix(weight.weight, x.dtype)))
+    added = einsum(equations[2], einsum(equations[1], x.astype(jnp.float32), factors[0]), factors[1])
+    return (product + added).astype(x.dtype)
 
 
 def _all_visible(key_start: jax.Array, key_stop: jax.Array, S: int) -> jax.Array:

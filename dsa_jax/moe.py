@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from dsa_jax.adapted import AdaptedWeight
 from dsa_jax.config import ModelConfig
 from dsa_jax.expert_dispatch import dispatch_and_combine
 from dsa_jax.fp8.weight import Fp8Weight
@@ -199,20 +200,34 @@ def _sum_of_experts(
     by_expert = jnp.argsort(experts.reshape(-1), stable=True)  # rows of no expert come last, and give 0
     group_sizes = jnp.bincount(experts.reshape(-1), length=n_experts).astype(jnp.int32)
     tokens = x.reshape(B * T, D)[by_expert // A]
-    gate = _grouped_linear(tokens, parameters["w_gate"], group_sizes)
-    hidden = _activate(gate, _grouped_linear(tokens, parameters["w_up"], group_sizes))
-    outputs = _grouped_linear(hidden, parameters["w_down"], group_sizes)
+
+    def product(rows: jax.Array, name: str) -> jax.Array:
+        return _grouped_linear(rows, parameters[name], group_sizes)
+
+    outputs = product(_activate(product(tokens, "w_gate"), product(tokens, "w_up")), "w_down")
     outputs = outputs[jnp.argsort(by_expert)].reshape(B, T, A, D)
     return (outputs.astype(jnp.float32) * weights[..., None]).sum(axis=2)
 
 
 def _grouped_linear(
-    rows: Float[Array, "M X"], weights: Array | Fp8Weight, group_sizes: Int[Array, " groups"]
+    rows: Float[Array, "M X"],
+    weights: Array | Fp8Weight | AdaptedWeight,
+    group_sizes: Int[Array, " groups"],
 ) -> Float[Array, "M Y"]:
-    """``grouped_matmul`` by weights that may be kept in FP8."""
-    if isinstance(weights, Fp8Weight):
-        return grouped_matmul(rows, weights.values, group_sizes, weight_scales=weights.scales)
-    return grouped_matmul(rows, weights, group_sizes)
+    """``grouped_matmul`` in the dtype of rows, by weights that may be kept in FP8 and have adapters (``linear``)."""
+
+    def product(rows: jax.Array, weights: Array | Fp8Weight) -> jax.Array:
+        values, scales = (
+            (weights.values, weights.scales) if isinstance(weights, Fp8Weight) else (weights, None)
+        )
+        return grouped_matmul(rows, values, group_sizes, weight_scales=scales, out_dtype=out_dtype)
+
+    out_dtype = rows.dtype
+    if not isinstance(weights, AdaptedWeight):
+        return product(rows, weights)
+    out_dtype = jnp.dtype(jnp.float32)
+    added = product(product(rows.astype(jnp.float32), weights.a), weights.b)
+    return (product(rows, weights.weight) + added).astype(rows.dtype)
 
 
 def _route_and_count(

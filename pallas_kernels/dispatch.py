@@ -89,17 +89,24 @@ def dispatch(
 
 
 def dispatch_at_lowering(
-    operation: str, implementations: Implementations, implementation: str | None, *args: Any
+    operation: str,
+    implementations: Implementations,
+    implementation: str | None,
+    *args: Any,
+    **options: Any,
 ) -> Any:
     """As ``dispatch``, but ``None`` chooses by the platform that the program is lowered for.
 
     A program compiled ahead of time for TPU on a machine without one needs this. On every platform ``mosaic_tpu`` is
-    traced too, and dropped when the program is lowered for another one.
+    traced too, and dropped when the program is lowered for another one. options: keyword arguments, no arrays.
     """
     if implementation is not None:
-        return _named(operation, implementations, implementation)(*args)
-    xla = implementations["xla"]
-    by_platform = lambda kernel: lax.platform_dependent(*args, tpu=kernel, default=xla)  # noqa: E731
+        return _named(operation, implementations, implementation)(*args, **options)
+    xla = functools.partial(implementations["xla"], **options)
+
+    def by_platform(kernel: Callable[..., Any]) -> Any:
+        return lax.platform_dependent(*args, tpu=functools.partial(kernel, **options), default=xla)
+
     result, reason = _attempt(implementations, "mosaic_tpu", by_platform)
     if reason is None:
         return result

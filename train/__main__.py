@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from dsa_jax.commands.errors import run_command
-from train.config import Lora, MeshSpec, Run, to_json
+from train.config import Lora, MeshSpec, Run, differences, to_json
 from train.distributed import Hosts, connected, exit_code
 from train.runs import RUNS
 
@@ -63,11 +63,19 @@ def main(arguments: list[str] | None = None) -> int:
         described, prog="python -m train", description=__doc__, args=arguments
     )
     name = arguments[0]
-    from train.initial import from_checkpoint
+    from train.initial import SWITCHES, from_checkpoint
     from train.trainer import Stopped, train
 
     def start() -> int:
-        run = from_checkpoint(options.changed_run(), options.ignore)
+        run = options.changed_run()
+        own = RUNS[name]().model
+        lost = [field for field, x, _ in differences(vars(run.model), vars(own)) if field not in SWITCHES]
+        if run.init_from and lost:
+            raise ValueError(
+                f"the sizes of the model come from {run.init_from}, so --run.model.{lost[0].replace('_', '-')} would "
+                "have no effect; leave it out"
+            )
+        run = from_checkpoint(run, options.ignore)
         with connected(options, to_json(run)):
             train(run, options.folder or Path("runs") / name)
         return 0

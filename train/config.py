@@ -85,12 +85,14 @@ class Source:
 
     kind: "text" is packed documents of ``folder``, written by `python -m train.data.prepare`. The others are tasks
     of train.data.synthetic with known answers; ``options`` are their arguments. "needles" hide in rows of ``folder``.
+    data_sha256: identity of the data in ``folder``, which a run fills in when it starts and compares when it resumes.
     """
 
     kind: Literal["text", "associative_recall", "multi_query_recall", "needles"]
     folder: str | None = None
     weight: float = 1.0
     options: tuple[tuple[str, int | float | bool], ...] = ()
+    data_sha256: str | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -133,8 +135,9 @@ class Run:
 
     batch, seq_len: rows per step, on all devices together, and tokens per row. mesh: None is one device or, with
     several processes, data parallelism over all devices. init_from: folder of a checkpoint (Hugging Face or Orbax)
-    to start from; ``model`` must have its sizes. checkpoint_every, log_every: in steps. keep: how many checkpoints
-    are kept. eval_batches: validation batches per evaluation, before the first stage and after each.
+    to start from; ``model`` must have its sizes. any_tokenizer: text may have been made with another tokenizer than
+    that checkpoint's. checkpoint_every, log_every: in steps. keep: how many checkpoints are kept. eval_batches:
+    validation batches per evaluation, before the first stage and after each.
     """
 
     model: ModelConfig
@@ -144,6 +147,7 @@ class Run:
     seq_len: int
     seed: int = 0
     init_from: str | None = None
+    any_tokenizer: bool = False
     lora: Lora | None = None
     mesh: MeshSpec | None = None
     checkpoint_every: int = 500
@@ -155,6 +159,15 @@ class Run:
         check_numbers(self)
         if not self.stages or not self.data:
             raise ValueError(f"a run needs stages and data, got {len(self.stages)} and {len(self.data)}")
+        for name in ("batch", "seq_len", "checkpoint_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def check_rows(self) -> None:
+        """Raises ValueError for rows that are too long for the model, or too short to select keys from.
+
+        Not part of the construction: ``train.initial.from_checkpoint`` may still replace the model.
+        """
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"seq_len must not exceed the model's max_seq_len, got {self.seq_len} > {self.model.max_seq_len}"
@@ -184,7 +197,7 @@ class Run:
 
 
 # What may change when a run is resumed.
-MAY_CHANGE = frozenset({"mesh", "checkpoint_every", "keep", "log_every", "eval_batches"})
+MAY_CHANGE = frozenset({"mesh", "any_tokenizer", "checkpoint_every", "keep", "log_every", "eval_batches"})
 
 
 def to_json(run: Run) -> dict[str, Any]:

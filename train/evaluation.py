@@ -34,7 +34,7 @@ class Evaluation:
         self.needles = next((source for source in sources if isinstance(source, Needles)), None)
 
     def line(self, params: Any, after: str) -> dict[str, Any]:
-        """What eval.jsonl says about ``params`` (adapters merged) after the stage ``after``, or "before" the first.
+        """What eval.jsonl says after the stage ``after``, or "before" the first. params: of ``train.lora.adapted``.
 
         Cross entropy and accuracy with dense and with sparse attention, quality of the indexers, needles by depth.
         """

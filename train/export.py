@@ -6,6 +6,7 @@ tokenizer_config.json, chat template and the like. ``--dtype bfloat16`` and ``fl
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,18 @@ from dsa_jax.checkpoint.save import refuse_taken
 from dsa_jax.commands.errors import run_command
 from train.checkpoint import Checkpoints
 from train.config import Run, from_json
+from train.data.provenance import tokenizer_of
 from train.initial import initial_params, lora_scale
 from train.lora import merged
 
 
-def trained(folder: Path) -> tuple[Run, Any]:
+def trained(folder: str | os.PathLike[str]) -> tuple[Run, Any]:
     """The run in ``folder`` and the {"params": tree} of its newest checkpoint, adapters merged.
 
     Raises:
       ValueError: the folder holds no run, a description of it that is damaged, or no readable checkpoint.
     """
+    folder = Path(folder)
     description = folder / "config.json"
     if not description.is_file():
         raise ValueError(f"{folder} has no config.json: give the folder of a run of `python -m train`")
@@ -49,9 +52,14 @@ def trained(folder: Path) -> tuple[Run, Any]:
     return run, merged(restored.state.params, lora_scale(run))
 
 
-def export(folder: Path, out: Path, dtype: str = "fp8", max_shard_bytes: int = 16_000_000) -> None:
+def export(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: str = "fp8",
+    max_shard_bytes: int = 16_000_000,
+) -> None:
     """Writes the newest checkpoint of the run in ``folder`` to ``out``, which must not exist."""
-    quantize = "fp8" if dtype == "fp8" else None
+    out, quantize = Path(out), "fp8" if dtype == "fp8" else None
     HfOptions(quantize=quantize, max_shard_bytes=max_shard_bytes)
     refuse_taken(out)
     run, params = trained(folder)
@@ -84,9 +92,9 @@ def carried_files(run: Run) -> tuple[Path, ...]:
                 "the export, and that folder is not there; put it back, or a folder with these files in its place"
             )
         found = {file.name: file for file in files_to_carry(Path(run.init_from))}
-    folders = [Path(source.folder) for source in run.data if source.folder]
-    if folders and (folders[0] / "tokenizer.json").is_file():
-        found["tokenizer.json"] = folders[0] / "tokenizer.json"
+    sources = [source for source in run.data if source.folder]
+    if sources and (tokenizer := tokenizer_of(sources[0])):
+        found["tokenizer.json"] = tokenizer
     return tuple(found.values())
 
 

@@ -1,6 +1,7 @@
 """What a run reports: JSON lines in metrics.jsonl and eval.jsonl, and a live line on the terminal."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,14 @@ class JsonLines:
             self._file.close()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, without a last line that a killed process cut short.
 
     Raises:
       ValueError: another line is not JSON; the message names it.
     """
     found = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+    for number, line in enumerate(Path(path).read_text().splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             break
         try:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from dsa_jax.config import ModelConfig
 from dsa_jax.sharding import param_shardings
 from train.config import Stage
-from train.lora import merged
+from train.lora import adapted
 from train.loss import Batch, Metrics, loss_fn
 from train.optimizer import Flat, group_of, join, make_optimizer, schedule, split
 
@@ -31,8 +31,18 @@ class TrainState:
 
 
 def begin_stage(step: jax.Array, params: Any, stage: Stage) -> TrainState:
-    """The first state of a stage: these parameters, and zero moments for those that it trains."""
+    """The first state of a stage: these parameters, and zero moments for those that it trains.
+
+    Raises:
+      ValueError: the stage would train a parameter of fewer than 32 bits.
+    """
     trained, _ = split(params, stage)
+    for path, leaf in trained.items():
+        if jnp.finfo(leaf.dtype).bits < 32:
+            raise ValueError(
+                f"stage {stage.name!r} trains {path}, which must be float32, got {leaf.dtype}: AdamW's steps are below "
+                "half its last bit and would be lost. Load the parameters with param_dtype='float32'"
+            )
     return TrainState(step=step, params=params, opt_state=make_optimizer(stage).init(trained))
 
 
@@ -47,7 +57,7 @@ def train_step(
     trained, rest = split(state.params, stage)
 
     def loss_of(trained: Flat) -> tuple[jax.Array, Metrics]:
-        return loss_fn(merged(join(trained, rest), lora_scale), batch, config, stage)
+        return loss_fn(adapted(join(trained, rest), lora_scale), batch, config, stage)
 
     (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
     optimizer = make_optimizer(stage)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ from train.config import Run, Stage, to_json
 from train.data.sources import training_batches
 from train.distributed import check_shared
 from train.evaluation import Evaluation, fingerprint, summarise
-from train.initial import initial_params, lora_scale
-from train.lora import merged
+from train.initial import checked, initial_params, lora_scale
+from train.lora import adapted, merged
 from train.loss import Metrics, switched
 from train.measure.flops import training_flops
 from train.metrics import EVAL_FILE, METRICS_FILE, JsonLines, LiveLine, as_json, memory_bytes
@@ -32,7 +33,9 @@ class Stopped(Exception):
     """One of several processes received SIGTERM, and all have saved the same step."""
 
 
-def train(run: Run, folder: Path, console: Console | None = None, params: Any = None) -> Any:
+def train(
+    run: Run, folder: str | os.PathLike[str], console: Console | None = None, params: Any = None
+) -> Any:
     """Runs all stages in order and returns the trained {"params": tree}, adapters merged.
 
     params: what to start from, instead of ``run.init_from`` or random parameters.
@@ -49,6 +52,7 @@ def train(run: Run, folder: Path, console: Console | None = None, params: Any = 
       FloatingPointError: a loss or a gradient is not finite; the message names it and the last good checkpoint.
       Stopped: see there.
     """
+    run, folder = checked(run), Path(folder)
     writes = jax.process_index() == 0
     console = (console or Console(highlight=False)) if writes else Console(quiet=True)
     sharding = RunSharding(run)
@@ -190,7 +194,7 @@ class _Trainer:
             (line["step"], line["after"]) == (step, after) for line in lines
         ):
             return
-        found = self.evaluation.line(merged(state.params, lora_scale(self.run)), after)
+        found = self.evaluation.line(adapted(state.params, lora_scale(self.run)), after)
         sha256 = {"model_sha256": fingerprint(state.params)}
         self.records.evaluations.add({"step": step, "after": after} | found | sha256)
 

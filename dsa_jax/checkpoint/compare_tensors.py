@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -91,8 +92,8 @@ class TensorReport:
 
 
 def compare_tensors(
-    ours: str | Path,
-    reference: str | Path,
+    ours: str | os.PathLike[str],
+    reference: str | os.PathLike[str],
     *,
     layers: tuple[int, ...] | None = None,
     ignore: Iterable[str] = (),

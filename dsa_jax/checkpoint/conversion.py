@@ -43,8 +43,8 @@ class Outcome:
 
 
 def convert(
-    source: str | Path,
-    destination: str | Path,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
     *,
     format: Format | None = None,
     dtype: Form | None = None,
@@ -52,7 +52,7 @@ def convert(
     max_memory: int = DEFAULT_MEMORY,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     add_indexer: bool = False,
-    config_file: str | Path | None = None,
+    config_file: str | os.PathLike[str] | None = None,
     ignore: Iterable[str] = (),
     command: list[str] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,

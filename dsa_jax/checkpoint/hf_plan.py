@@ -11,7 +11,7 @@ from dsa_jax.checkpoint.hf_reader import SINGLE_FILE
 from dsa_jax.checkpoint.names import SCALE_SUFFIX, TensorRow, scale_shape, tensor_table
 from dsa_jax.checkpoint.pieces import Form
 from dsa_jax.checkpoint.safetensors_file import DTYPES
-from dsa_jax.checkpoint.tensors import FP8, Tensors
+from dsa_jax.checkpoint.tensors import FLOATS, FP8, Tensors
 from dsa_jax.config import ModelConfig
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -21,10 +21,10 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 class HfOptions:
     """How a Hugging Face folder is written. Raises ValueError for options that contradict each other.
 
-    dtype: None keeps FP8 as stored, and every other tensor in the dtype of the checkpoint that was converted
-    first; "bfloat16" and "float32" apply to all but the float32 tensors of the release. quantize: "fp8" is the
-    released layout: FP8 with scales, bfloat16 and float32, whatever the source. max_shard_bytes: a new shard
-    begins when the next tensor does not fit; a larger tensor gets a shard of its own.
+    dtype: None keeps FP8 and its scales as stored, and every other tensor in the dtype of the checkpoint that was
+    converted first; "bfloat16" and "float32" apply to all but the float32 tensors of the release. quantize: "fp8" is
+    the released layout: FP8 with float32 scales, bfloat16 and float32, whatever the source. max_shard_bytes: a new
+    shard begins when the next tensor does not fit; a larger tensor gets a shard of its own.
     """
 
     dtype: Form | None = None
@@ -55,24 +55,32 @@ class HfOptions:
         # A BF16 weight held as float32 goes back to BF16; a dequantised FP8 weight keeps its new dtype.
         return first if first is not None and first != FP8 and dtype != FP8 else dtype
 
+    def stored_scale_dtype(self, dtype: str, first: str | None) -> str:
+        """The safetensors dtype of a tensor's block scales; arguments as of `stored_dtype`, first of the scales.
+
+        Scales that are kept have the dtype that they came with; made ones, and powers of two (F8_E8M0), are float32.
+        """
+        return first if first in FLOATS and dtype == FP8 and self.quantize is None else "F32"
+
 
 _RELEASED = {"FP8": FP8, "BF16": "BF16", "F32": "F32"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-    """One released weight to write; an FP8 weight is followed by its scales."""
+    """One released weight to write; an FP8 weight is followed by its scales, in scale_dtype."""
 
     name: str
     row: TensorRow
     dtype: str
+    scale_dtype: str = "F32"
 
     @property
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name in the file -> (dtype, shape)."""
         own = {self.name: (self.dtype, self.row.shape)}
         if self.dtype == FP8:
-            own[self.name + SCALE_SUFFIX] = ("F32", scale_shape(self.row.shape))
+            own[self.name + SCALE_SUFFIX] = (self.scale_dtype, scale_shape(self.row.shape))
         return own
 
     @property
@@ -123,7 +131,8 @@ def plan_hf(tensors: Tensors, config: ModelConfig, first: Mapping[str, str], opt
         if name not in tensors.entries or (row.duplicate and known and name not in first):
             continue
         dtype = options.stored_dtype(row, tensors.entries[name].dtype, first.get(name))
-        output = Output(name=name, row=row, dtype=dtype)
+        scale = options.stored_scale_dtype(tensors.entries[name].dtype, first.get(name + SCALE_SUFFIX))
+        output = Output(name=name, row=row, dtype=dtype, scale_dtype=scale)
         if shards[-1] and used + output.n_bytes > options.max_shard_bytes:
             shards.append([])
             used = 0

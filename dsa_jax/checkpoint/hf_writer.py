@@ -102,7 +102,7 @@ def _write_tensor(stream: BinaryIO, output: Output, pieces: Pieces, on_array: On
         if scales is not None:
             all_scales.append(scales)
     if all_scales:
-        scales = np.concatenate(all_scales)
+        scales = np.concatenate(all_scales).astype(DTYPES[output.scale_dtype], copy=False)
         _write_array(stream, scales)
         on_array(output.name + SCALE_SUFFIX, scales)
 

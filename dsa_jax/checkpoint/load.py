@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class ReadCount:
 
 
 def load_params(
-    path: str | Path,
+    path: str | os.PathLike[str],
     config: ModelConfig,
     mesh: Mesh | None = None,
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,11 @@ def kind_of(path: Path) -> Kind:
 
 
 def load_config(
-    path: str | Path, *, ignore: Iterable[str] = (), config_file: str | Path | None = None, **switches: Any
+    path: str | os.PathLike[str],
+    *,
+    ignore: Iterable[str] = (),
+    config_file: str | os.PathLike[str] | None = None,
+    **switches: Any,
 ) -> ModelConfig:
     """The ModelConfig of a checkpoint folder of any kind; `switches` are ModelConfig fields that replace its own.
 

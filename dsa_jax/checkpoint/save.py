@@ -25,14 +25,14 @@ from dsa_jax.fp8.weight import Fp8Weight
 
 
 def write_hf(
-    path: str | Path,
+    path: str | os.PathLike[str],
     params: Mapping[str, Any],
     config: ModelConfig,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     quantize: str | None = None,
     mtp_copies: bool = True,
-    carried: Iterable[Path] = (),
+    carried: Iterable[str | os.PathLike[str]] = (),
 ) -> None:
     """Writes config.json and the weights; several shards and an index when they exceed max_shard_bytes.
 
@@ -58,7 +58,7 @@ def write_hf(
     try:
         for _ in write_shards(partial, tensors, plan, scale_fmt=fp8.scale_fmt if fp8 else None):
             pass
-        finish_folder(partial, plan, config_json, carried)
+        finish_folder(partial, plan, config_json, map(Path, carried))
         os.rename(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Verification:
 
 
 def verify(
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     ignore: Iterable[str] = (),
     on_progress: Callable[[int, int], None] = lambda done, total: None,

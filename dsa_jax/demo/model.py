@@ -1,6 +1,7 @@
 """The small trained model in dsa_jax/nano, and its programs for whole rows of tokens."""
 
 import dataclasses
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +51,7 @@ class Model:
         return self.programs[attention, length]
 
 
-def load(folder: Path = NANO) -> Model:
+def load(folder: str | os.PathLike[str] = NANO) -> Model:
     """The model of a checkpoint folder, in float32."""
     config = load_config(folder, n_mtp_layers=0, dtype="float32", param_dtype="float32")
-    return Model(load_params(folder, config), config, read_tokenizer(folder))
+    return Model(load_params(folder, config), config, read_tokenizer(Path(folder)))

@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from dsa_jax.adapted import AdaptedWeight, axes_of_adapter
 from dsa_jax.fp8.weight import Fp8Weight
 from dsa_jax.sharding.mesh import mesh_in_use
 from dsa_jax.sharding.rules import FSDP, LAYER, PARAMETERS, Axes, divisible_sizes, dotted, rules_in_use
@@ -36,7 +37,9 @@ def gathered(owner: str, parameters: Any) -> Any:
     def gather(path: Any, leaf: Any) -> Any:
         return leaf if len(leaf.shape) == 1 else _gathered(leaf, LAYER[f"{owner}.{dotted(path)}"], mesh)
 
-    return jax.tree.map_with_path(gather, parameters, is_leaf=lambda x: isinstance(x, Fp8Weight))
+    return jax.tree.map_with_path(
+        gather, parameters, is_leaf=lambda x: isinstance(x, Fp8Weight | AdaptedWeight)
+    )
 
 
 def gathered_matrix(name: str, weight: Any) -> Any:
@@ -55,6 +58,13 @@ def as_stored(owner: str, parameters: Any) -> Any:
 
 
 def _gathered(leaf: Any, axes: Axes, mesh: AbstractMesh) -> Any:
+    if isinstance(leaf, AdaptedWeight):
+        of_a, of_b = axes_of_adapter(axes)
+        return AdaptedWeight(
+            weight=_gathered(leaf.weight, axes, mesh),
+            a=_gathered(leaf.a, of_a, mesh),
+            b=_gathered(leaf.b, of_b, mesh),
+        )
     rules, sizes = rules_in_use(), divisible_sizes(leaf)
     stored = rules.spec(axes, sizes, mesh)
     used = rules.spec(tuple(None if name in FSDP else name for name in axes), sizes, mesh)

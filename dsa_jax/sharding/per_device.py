@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from dsa_jax.adapted import AdaptedWeight, axes_of_adapter
 from dsa_jax.fp8.weight import Fp8Weight
 from dsa_jax.sharding.constraints import constrain
 from dsa_jax.sharding.mesh import mesh_in_use
@@ -41,6 +42,7 @@ def shard_map(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Call
         mesh, rules = mesh_in_use(), rules_in_use()
         if mesh is None:
             return function(*arrays)
+        axes_of_arrays = jax.tree.map(_with_adapters, tuple(in_axes), arrays, is_leaf=_is_axes)
         sizes: dict[str, int] = {}  # per logical axis, the greatest common divisor of its sizes
 
         def note(axes: Axes, tree: Any) -> None:
@@ -49,7 +51,7 @@ def shard_map(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Call
                     if name:
                         sizes[name] = math.gcd(size, sizes.get(name, 0))
 
-        jax.tree.map(note, in_axes, arrays, is_leaf=_is_axes)
+        jax.tree.map(note, axes_of_arrays, arrays, is_leaf=_is_axes)
         split = {name: rules.mesh_axes(name, size, mesh) for name, size in sizes.items()}
 
         def spec(axes: Axes | PartialSum) -> P:
@@ -64,7 +66,7 @@ def shard_map(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Call
         def body(*arrays: Any) -> Any:
             return jax.tree.map(summed, out_axes, function(*arrays), is_leaf=_is_axes)
 
-        specs = [jax.tree.map(spec, axes, is_leaf=_is_axes) for axes in (in_axes, out_axes)]
+        specs = [jax.tree.map(spec, axes, is_leaf=_is_axes) for axes in (axes_of_arrays, out_axes)]
         return jax.shard_map(body, in_specs=specs[0], out_specs=specs[1], check_vma=False)(*arrays)
 
     return call
@@ -119,6 +121,21 @@ def _sum(part: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
 
     psum.defvjp(lambda part: (psum(part), None), lambda _, d: (d * lax.axis_size(mesh_axes),))
     return psum(part) if jnp.issubdtype(part.dtype, jnp.inexact) else lax.psum(part, mesh_axes)
+
+
+def _with_adapters(axes: Axes, tree: Any) -> Any:
+    """``axes``, which stands for the whole tree, with those of the adapters spelt out if the tree has some."""
+
+    def of_leaf(leaf: Any) -> Any:
+        if not isinstance(leaf, AdaptedWeight) or not axes:
+            return axes
+        of_a, of_b = axes_of_adapter(axes)
+        return AdaptedWeight(weight=axes, a=of_a, b=of_b)
+
+    is_weight = lambda x: isinstance(x, Fp8Weight | AdaptedWeight)  # noqa: E731
+    if not any(isinstance(leaf, AdaptedWeight) for leaf in jax.tree.leaves(tree, is_leaf=is_weight)):
+        return axes
+    return jax.tree.map(of_leaf, tree, is_leaf=is_weight)
 
 
 def _is_axes(x: Any) -> bool:

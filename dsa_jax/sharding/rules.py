@@ -15,6 +15,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from dsa_jax.adapted import axes_of_adapter
 from dsa_jax.fp8.e4m3 import BLOCK
 from dsa_jax.fp8.weight import Fp8Weight
 
@@ -159,8 +160,8 @@ def axes_of_parameter(path: str, shape: tuple[int, ...]) -> Axes:
     axes = PARAMETERS.get(name)
     if axes is None:
         raise ValueError(f"parameter {path} {shape} has no row in dsa_jax.sharding.rules.PARAMETERS; add one")
-    if adapter:  # of a matrix [X Y]: a is [X rank], b is [rank Y]
-        axes = (*axes[:-1], None) if factor == "a" else (*axes[:-2], None, axes[-1])
+    if adapter:
+        axes = axes_of_adapter(axes)["ab".index(factor)]
     if len(axes) != len(shape):
         raise ValueError(f"parameter {path} must have {len(axes)} axes, {axes}, got {shape}")
     return axes

@@ -5,7 +5,9 @@
 In the same process it measures three ceilings: an 8192^3 matrix product in bfloat16 and in float8_e4m3fn,
 and a copy in device memory, counting bytes read and written. The share of a measurement is the time that its
 matrix products (for select_topk, the bytes of its scores) need at the ceilings, divided by the time it took.
-On a GPU, calls of less than 0.2 ms are timed by the profiler: the sum of their kernels, without the gaps between.
+Each line says how its time was measured: around one call or many queued ones by the wall clock or, on a GPU and below
+0.2 ms, as the sum of the call's kernels. "gaps" is the time between its kernels, which that sum leaves out
+(``pallas_kernels.bench.timing``).
 Errors are relative to ``xla`` in float32 on the same data, for a sample of the queries. Without a GPU or TPU the
 shapes are tiny and the times mean nothing.
 
@@ -33,7 +35,7 @@ import jax
 
 from pallas_kernels.bench.errors import error
 from pallas_kernels.bench.operations import call, make_inputs
-from pallas_kernels.bench.timing import ceilings, seconds
+from pallas_kernels.bench.timing import ceilings, timing
 from pallas_kernels.cases import CASES, Case
 
 CACHE_BYTES = 128 * 2**20  # inputs take turns among sets that together exceed the device's cache
@@ -48,14 +50,15 @@ def measure(case: Case, ceiling: dict[str, float], implementation: str | None) -
         result = jax.jit(lambda x: call(case, x, implementation))(first)
         row["error"] = error(case, first, result, implementation)
         del result
-        took = seconds(
+        timed = timing(
             lambda x: call(case, x, implementation),
             lambda seed: make_inputs(case, seed) if seed else first,
             n_sets,
         )
     except NotImplementedError as refusal:
         return {**row, "refused": str(refusal)}
-    row |= {"milliseconds": took * 1e3, "us_per_query": took * 1e6 / (case.B * case.T)}
+    took = timed.seconds
+    row |= {"milliseconds": took * 1e3, "us_per_query": took * 1e6 / (case.B * case.T)} | timed.as_json()
     flops = sum(amount for limit, amount in case.work.items() if limit != "copy")
     amount, row["unit"] = (flops, "TFLOP/s") if flops else (case.work["copy"], "TB/s")
     row["rate"] = amount / took / 1e12
@@ -73,7 +76,10 @@ def speedups(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-HEADING = f"{'operation':17} {'case':26} {'ms':>9} {'us/query':>9} {'rate':>16} {'share':>6}  error"
+HEADING = (
+    f"{'operation':17} {'case':26} {'ms':>9} {'us/query':>9} {'measured by':12} {'gaps, us':>8} {'rate':>16} "
+    f"{'share':>6}  error"
+)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -83,7 +89,8 @@ def line(row: dict[str, Any]) -> str:
         return f"{head} {row['refused']}"
     errors = ", ".join(f"{name} {value:.2g}" for name, value in row["error"].items())
     rate = f"{row['rate']:.2f} {row['unit']}"
-    times = f"{row['milliseconds']:9.3f} {row['us_per_query']:9.4f}"
+    gaps = "" if row["gaps_us"] is None else f"{row['gaps_us']:.1f}"
+    times = f"{row['milliseconds']:9.3f} {row['us_per_query']:9.4f} {row['method']:12} {gaps:>8}"
     return f"{head} {times} {rate:>16} {row['share']:6.3f}  {errors}"
 
 
@@ -103,17 +110,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"OPERATION must be one of {operations}, got {sorted(unknown)}")
     device = jax.devices()[0]
     tiny = options.tiny or device.platform == "cpu"
-    ceiling = ceilings(tiny)
+    ceiling, methods = ceilings(tiny)
     about = {
         "device": device.device_kind,
         "jax": jax.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "pallas_kernels.bench", *(arguments or sys.argv[1:])]),
         "ceilings": ceiling,
+        "ceiling_methods": methods,
     }
-    print("\n".join(f"{name}: {value}" for name, value in about.items() if name != "ceilings"))
-    products = ", ".join(f"{name} {ceiling[name]:.0f} TFLOP/s" for name in ("bfloat16", "float8_e4m3fn"))
-    print(f"ceilings: {products}, copy {ceiling['copy']:.2f} TB/s\n")
+    print("\n".join(f"{name}: {value}" for name, value in about.items() if not name.startswith("ceiling")))
+    products = ", ".join(
+        f"{name} {ceiling[name]:.0f} TFLOP/s ({methods[name]})" for name in ("bfloat16", "float8_e4m3fn")
+    )
+    print(f"ceilings: {products}, copy {ceiling['copy']:.2f} TB/s ({methods['copy']})\n")
     rows = []
     print(HEADING)
     for case in CASES:

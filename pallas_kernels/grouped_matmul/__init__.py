@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.arithmetic import WEIGHT_BLOCK
 from pallas_kernels.dispatch import Implementations, Kernel, dispatch_at_lowering
@@ -22,6 +23,7 @@ def grouped_matmul(
     group_sizes: jax.Array,
     *,
     weight_scales: jax.Array | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """``rows[i] @ weights[e]`` for every row i of group e; the groups follow each other without gaps.
@@ -30,7 +32,7 @@ def grouped_matmul(
 
         last = cumsum(group_sizes)
         group = searchsorted(last, arange(M), side="right")                 # of each row
-        out = einsum("MX,MXY->MY", rows, weights.astype(rows.dtype)[group])
+        out = einsum("MX,MXY->MY", rows, weights.astype(rows.dtype)[group], preferred_element_type=out_dtype)
 
     Rows behind the last group give 0 and have a gradient of 0, whatever they hold. With ``weight_scales`` the weights
     are, before all else, multiplied by the scale of their 128 x 128 block:
@@ -46,11 +48,12 @@ def grouped_matmul(
       weights: [E X Y], multiplied in the dtype of rows; float8_e4m3fn if ``weight_scales`` is given.
       group_sizes: [E] integers >= 0 whose sum is at most M (neither is checked).
       weight_scales: [E ceil(X/128) ceil(Y/128)] float32.
+      out_dtype: of the result; None for that of rows. float32 gives bfloat16 products their sums unrounded.
       implementation: see ``pallas_kernels.dispatch``. None chooses by the platform that the program is lowered for,
         so that compiling for TPU ahead of time takes the TPU's kernel on any machine.
 
     Returns:
-      [M Y] in the dtype of rows.
+      [M Y] in out_dtype.
 
     Raises:
       ValueError: shapes or dtypes contradict each other.
@@ -80,5 +83,12 @@ def grouped_matmul(
             f"float8_e4m3fn weights and weight_scales go together, got {weights.dtype} and {given}"
         )
     return dispatch_at_lowering(
-        "grouped_matmul", _IMPLEMENTATIONS, implementation, rows, weights, group_sizes, weight_scales
+        "grouped_matmul",
+        _IMPLEMENTATIONS,
+        implementation,
+        rows,
+        weights,
+        group_sizes,
+        weight_scales,
+        out_dtype=jnp.dtype(rows.dtype if out_dtype is None else out_dtype),
     )

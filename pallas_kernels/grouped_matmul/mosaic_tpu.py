@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.xla import as_matrix
@@ -26,29 +27,32 @@ def grouped_matmul(
     group_sizes: Int[Array, " E"],
     weight_scales: Float[Array, "E X_blocks Y_blocks"] | None = None,
     *,
+    out_dtype: DTypeLike | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M Y"]:
     """See ``pallas_kernels.grouped_matmul``. The kernel needs whole tiles of rows: zeros are appended."""
     n_rows = rows.shape[0]
     rows = jnp.pad(rows, ((0, -n_rows % (TILE[0] if n_rows > TILE[0] else FEW_ROWS)), (0, 0)))
     weights, group_sizes = as_matrix(weights, weight_scales, rows.dtype), group_sizes.astype(jnp.int32)
-    return _in_kernel(interpret, rows, weights, group_sizes)[:n_rows]
+    out_dtype = jnp.dtype(rows.dtype if out_dtype is None else out_dtype)
+    return _in_kernel(interpret, out_dtype, rows, weights, group_sizes)[:n_rows]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_kernel(interpret, rows, weights, group_sizes):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_kernel(interpret, out_dtype, rows, weights, group_sizes):
     gmm, _ = megablox()
     with _precision(rows):
-        out = gmm(rows, weights, group_sizes, rows.dtype, _tile, interpret=interpret)
+        out = gmm(rows, weights, group_sizes, out_dtype, _tile, interpret=interpret)
     return _in_groups(out, group_sizes)
 
 
-def _in_kernel_forward(interpret, *inputs):
-    return _in_kernel(interpret, *inputs), inputs
+def _in_kernel_forward(interpret, out_dtype, *inputs):
+    return _in_kernel(interpret, out_dtype, *inputs), inputs
 
 
-def _in_kernel_backward(interpret, inputs, d_out):
+def _in_kernel_backward(interpret, out_dtype, inputs, d_out):
     rows, weights, group_sizes = inputs
+    d_out = d_out.astype(rows.dtype)
     gmm, tgmm = megablox()
     options = {"tiling": _tile, "interpret": interpret}
     with _precision(rows):

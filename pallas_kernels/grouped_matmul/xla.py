@@ -4,6 +4,8 @@ XLA's GPU backend expands ``lax.ragged_dot`` to E copies of the rows (112 GiB fo
 H200 with jax 0.11.2). Here FP8 weights are dequantised one group at a time.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,19 +17,27 @@ from pallas_kernels.arithmetic import dequantize_blocks
 SMALLEST_TILE = 128  # rows
 
 
-@jax.custom_vjp
 def grouped_matmul(
     rows: Float[Array, "M X"],
     weights: Float[Array, "E X Y"],
     group_sizes: Int[Array, " E"],
     weight_scales: Float[Array, "E X_blocks Y_blocks"] | None = None,
+    *,
+    out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "M Y"]:
     """See ``pallas_kernels.grouped_matmul``. There are at most M / tile + min(E, M) tiles."""
+    out_dtype = jnp.dtype(rows.dtype if out_dtype is None else out_dtype)
+    return _in_tiles(out_dtype, rows, weights, group_sizes, weight_scales)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_tiles(out_dtype, rows, weights, group_sizes, weight_scales):
     source, groups, place = _tiles(rows.shape[0], group_sizes)
 
     def one_tile(xs):
         tile, group = xs
-        return tile @ _matrix(weights, weight_scales, group, rows.dtype)
+        matrix = _matrix(weights, weight_scales, group, rows.dtype)
+        return jnp.matmul(tile, matrix, preferred_element_type=out_dtype)
 
     products = lax.map(one_tile, (_take(rows, source), groups))
     return _take(products.reshape(-1, products.shape[-1]), place)
@@ -42,14 +52,14 @@ def as_matrix(
     return weights.astype(dtype) if scales is None else dequantize_blocks(weights, scales, dtype)
 
 
-def _forward(rows, weights, group_sizes, weight_scales):
-    out = grouped_matmul(rows, weights, group_sizes, weight_scales)
-    return out, (rows, weights, group_sizes, weight_scales)
+def _forward(out_dtype, *inputs):
+    return _in_tiles(out_dtype, *inputs), inputs
 
 
-def _backward(residuals, d_out):
+def _backward(out_dtype, residuals, d_out):
     """d_weights is accumulated in place, in float32; without this rule JAX would add E matrices per tile."""
     rows, weights, group_sizes, weight_scales = residuals
+    d_out = d_out.astype(rows.dtype)
     source, groups, place = _tiles(rows.shape[0], group_sizes)
     constant = weight_scales is not None  # FP8 weights have no gradient
 
@@ -67,7 +77,7 @@ def _backward(residuals, d_out):
     return d_rows, None if constant else d_weights.astype(weights.dtype), None, None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_in_tiles.defvjp(_forward, _backward)
 
 
 def _tiles(n_rows: int, group_sizes: Array) -> tuple[Array, Array, Array]:

@@ -1,15 +1,22 @@
-"""Adapters change nothing at first, train alone, and merge into W + scale A B."""
+"""Adapters change nothing at first, train alone, and stand for W + scale A B."""
 
+import dataclasses
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 
+from dsa_jax.sharding import batch_sharding, make_mesh, param_shardings
 from tests.train.same import assert_same_bits, same_bits
 from tests.train.small import CONFIG, T, batch_of, initial
 from train.config import Lora, Stage
 from train.lora import ATTENTION, FEED_FORWARD, merged, with_adapters
+from train.lora import adapted as beside
+from train.loss import loss_fn
 from train.optimizer import group_of, split
 from train.step import begin_stage, compiled_step
 
@@ -60,6 +67,54 @@ def test_merged_is_w_plus_scale_a_b_layer_by_layer_and_expert_by_expert():
         for index in np.ndindex(expected.shape[:-2]):
             expected[index] += 0.5 * a[index] @ b[index]
         np.testing.assert_allclose(ours["params." + path], expected, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_a_product_beside_the_weight_is_the_merged_weight():
+    """Loss, metrics and gradients of a whole step: attention, experts, MTP and the index loss, in the MQA form too."""
+    params = adapted()
+    params["lora"] = jax.tree.map(lambda leaf: leaf + 0.05, params["lora"])
+
+    def of(join, form):
+        config = dataclasses.replace(CONFIG, attention_form=form)
+
+        @jax.jit
+        @functools.partial(jax.value_and_grad, has_aux=True)
+        def loss(lora):
+            return loss_fn(join(params | {"lora": lora}, 0.5), batch_of([20, 9], [T]), config, STAGE)
+
+        return loss(params["lora"])
+
+    want = of(merged, "mqa")
+    chex.assert_trees_all_close(of(beside, "mqa"), want, rtol=2e-4, atol=2e-6)
+
+
+def test_the_merged_weight_is_not_rounded_to_the_dtype_of_the_base():
+    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), initial())
+    params = with_adapters(base, Lora(rank=4), jax.random.key(1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params["lora"])} == {jnp.dtype(jnp.float32)}
+    params["lora"] = jax.tree.map(lambda leaf: leaf + 1e-5, params["lora"])
+    path = "params.dense_layers.attn.wo"
+    ours, w = (np.asarray(flat(tree)[path], np.float64) for tree in (merged(params, 2.0), base))
+    a, b = (np.asarray(flat(params)[f"lora.dense_layers.attn.wo.{name}"], np.float64) for name in "ab")
+    np.testing.assert_allclose(ours - w, 2.0 * a @ b, rtol=1e-2, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.devices(8, 16)
+def test_adapters_on_a_mesh_compute_what_they_do_on_one_device():
+    params = adapted()
+    params["lora"] = jax.tree.map(lambda leaf: leaf + 0.05, params["lora"])
+    batch = batch_of([20, 9], [T])
+
+    def gradients(params, batch):
+        loss_of = lambda lora: loss_fn(beside(params | {"lora": lora}, 0.5), batch, CONFIG, STAGE)[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss_of))(params["lora"])
+
+    mesh = make_mesh(data=1, expert=2, context=2, tensor=2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, param_shardings(params, CONFIG, mesh))
+        found = gradients(placed, jax.device_put(batch, batch_sharding(CONFIG, mesh, 2, T)))
+    chex.assert_trees_all_close(found, gradients(params, batch), rtol=1e-3, atol=1e-6)
 
 
 def test_only_adapters_and_indexers_learn():

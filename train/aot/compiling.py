@@ -22,7 +22,8 @@ from dsa_jax.sharding import RULES, batch_sharding, cache_shardings, mesh_text, 
 from dsa_jax.transformer import Transformer
 from train.aot.job import Job
 from train.aot.options import Options
-from train.step import begin_stage, compiled_step
+from train.optimizer import make_optimizer, split
+from train.step import TrainState, compiled_step
 
 
 def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
@@ -41,7 +42,10 @@ def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 
     if job.stage:
         stage = job.stage
-        state = jax.eval_shape(lambda: begin_stage(jnp.int32(0), init(), stage))
+        params = jax.eval_shape(init)
+        # Not begin_stage, which refuses a state in bfloat16: --param-dtype also asks what such a state would take.
+        opt_state = jax.eval_shape(make_optimizer(stage).init, split(params, stage)[0])
+        state = TrainState(step=jax.ShapeDtypeStruct((), jnp.int32), params=params, opt_state=opt_state)
         shardings = param_shardings(state, config, mesh)
         spec = batch_sharding(config, mesh, job.batch, job.seq_len).spec
         batch = {

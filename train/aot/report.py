@@ -37,6 +37,10 @@ def introduce(job: Job, options: Options, console: Console) -> None:
             f"parameters, gradients and Adam's two moments in {config.param_dtype}; the backward pass recomputes each "
             "layer with the keys that the forward pass selected"
         )
+        if config.param_dtype == "bfloat16":
+            lines.append(
+                "`python -m train` keeps what it trains in float32: --param-dtype float32 shows what that takes"
+            )
     else:
         lines.append(f"weights and cache in {config.param_dtype}")
     if job.seq_len <= config.index_topk:

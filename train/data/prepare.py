@@ -12,6 +12,7 @@ of `tokenizers`. All documents are held in memory at once.
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 import sysconfig
@@ -31,10 +32,10 @@ from train.data.tokenizer import ROLES, Ids, as_list, check_vocab_size, special_
 
 def prepare(
     sources: Sequence[str],
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     vocab_size: int = 4096,
-    tokenizer_file: Path | None = None,
+    tokenizer_file: str | os.PathLike[str] | None = None,
     special_tokens: Mapping[str, Sequence[str]] | None = None,
     validation_share: float = 0.02,
     tests: bool = False,
@@ -52,6 +53,8 @@ def prepare(
     from rich.console import Console
     from rich.progress import Progress
 
+    out = Path(out)
+    tokenizer_file = None if tokenizer_file is None else Path(tokenizer_file)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"the output folder must be new or empty, got {out}")
     if not 0 < validation_share < 1:

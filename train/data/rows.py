@@ -10,7 +10,7 @@ Positions follow from ``segment_ids``, and the MTP layer's targets from ``target
 rows is anything with ``__len__`` and ``__getitem__`` whose row i depends on i alone.
 """
 
-import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
+
+from train.data.provenance import again, check_file, read_manifest
 
 Row = dict[str, Int32[np.ndarray, "T"]]
 Batch = dict[str, Int32[np.ndarray, "B T"]]
@@ -55,14 +57,11 @@ class PackedRows:
       ValueError: the folder is not a prepared one, or its files contradict each other.
     """
 
-    def __init__(self, folder: Path | str, split: Literal["train", "validation"], seq_len: int) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], split: Literal["train", "validation"], seq_len: int
+    ) -> None:
         folder = Path(folder)
-        manifest_file = folder / "manifest.json"
-        if not manifest_file.is_file():
-            raise ValueError(
-                f"{folder} has no manifest.json: make it with `python -m train.data.prepare SOURCE --out {folder}`"
-            )
-        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+        manifest = read_manifest(folder)
         if split not in manifest["splits"]:
             raise ValueError(f"split must be one of {', '.join(manifest['splits'])}, got {split!r}")
         if seq_len < 1:
@@ -70,13 +69,7 @@ class PackedRows:
         self.seq_len = seq_len
         self.vocab_size: int = manifest["vocab_size"]
         self.pad_id: int = manifest["special_tokens"]["pad"]
-        self._tokens = np.load(folder / f"{split}.npy", mmap_mode="r")
-        self._starts = np.load(folder / f"{split}_starts.npy")
-        stated = manifest["splits"][split]["tokens"]
-        if len(self._tokens) != stated:
-            raise ValueError(
-                f"{folder / split}.npy must hold the manifest's {stated} tokens, has {len(self._tokens)}"
-            )
+        self._tokens, self._starts = _arrays(folder, split, manifest)
 
     def __len__(self) -> int:
         return -(-len(self._tokens) // self.seq_len)
@@ -97,6 +90,30 @@ class PackedRows:
         segment_ids = np.zeros(length, np.int32)
         segment_ids[:n_real] = document[:n_real] - document[0] + 1
         return {"tokens": tokens, "targets": targets, "segment_ids": segment_ids}
+
+
+def _arrays(folder: Path, split: str, manifest: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a split, on disk, and where its documents start, both as the manifest describes them."""
+    stated, file = manifest["splits"][split], folder / f"{split}.npy"
+    check_file(file, stated.get("sha256"), "what `train.data.prepare` wrote")
+    try:
+        tokens, starts = np.load(file, mmap_mode="r"), np.load(folder / f"{split}_starts.npy")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{folder}: the arrays of {split} cannot be read ({error}); {again(folder)}"
+        ) from error
+    if len(tokens) != stated["tokens"] or tokens.dtype != manifest.get("dtype", tokens.dtype):
+        raise ValueError(
+            f"{file} must hold the manifest's {stated['tokens']} tokens of {manifest.get('dtype', 'any dtype')}, has "
+            f"{len(tokens)} of {tokens.dtype}"
+        )
+    inside = len(starts) and starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(tokens)
+    if len(starts) != stated.get("documents", len(starts)) or not inside:
+        raise ValueError(
+            f"{folder / split}_starts.npy must rise from 0 to below {len(tokens)} over the manifest's "
+            f"{stated.get('documents')} documents, has {len(starts)}; {again(folder)}"
+        )
+    return tokens, starts
 
 
 @dataclass(frozen=True)

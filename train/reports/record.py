@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ class Record:
         return self.layer_name(index + self.config["model"]["n_dense_layers"])
 
 
-def read_run(folder: Path) -> Record:
+def read_run(folder: str | os.PathLike[str]) -> Record:
     """The record of the run in ``folder``.
 
     Raises:
       ValueError: a file is missing, has no step yet or is not JSON; the message names it.
     """
+    folder = Path(folder)
     for name in ("config.json", METRICS_FILE):
         if not (folder / name).is_file():
             raise ValueError(

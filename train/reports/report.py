@@ -4,6 +4,7 @@ It reads config.json, metrics.jsonl and eval.jsonl as ``train.trainer`` writes t
 """
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,13 +15,14 @@ from train.reports.figures import FIGURES
 from train.reports.record import Line, Record, moment, read_run
 
 
-def write_report(folder: Path) -> list[Path]:
+def write_report(folder: str | os.PathLike[str]) -> list[Path]:
     """Writes report.md and its pictures into the run's folder; returns their paths, report.md first.
 
     Raises:
       ValueError: see ``read_run``.
       NotImplementedError: matplotlib is not installed.
     """
+    folder = Path(folder)
     record = read_run(folder)
     sections, paths = [_summary(record)], []
     for title, table in (

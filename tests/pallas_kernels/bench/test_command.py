@@ -16,6 +16,10 @@ def test_it_measures_every_case_of_an_operation_and_writes_them_down(tmp_path, c
     assert [row["name"] for row in numbers["rows"]] == names
     assert all(row["error"] == {"rows that differ": 0} and row["milliseconds"] > 0 for row in numbers["rows"])
     assert set(numbers["ceilings"]) == {"bfloat16", "float8_e4m3fn", "copy"}
+    assert set(numbers["ceiling_methods"]) == set(numbers["ceilings"])
+    methods = {"one call", "queued calls", "kernel sum"}
+    assert {row["method"] for row in numbers["rows"]} | set(numbers["ceiling_methods"].values()) <= methods
+    assert all({"wall_us", "kernels_us", "span_us", "gaps_us"} <= set(row) for row in numbers["rows"])
     assert names[0] in capsys.readouterr().out
 
 

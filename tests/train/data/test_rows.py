@@ -102,7 +102,7 @@ def test_a_folder_that_is_not_a_prepared_one_is_refused(tmp_path):
     with pytest.raises(IndexError, match="0 ... 9, got 10"):
         PackedRows(tmp_path, "train", 4)[10]
     np.save(tmp_path / "train.npy", np.zeros(5, np.uint16))
-    with pytest.raises(ValueError, match="manifest's 37 tokens, has 5"):
+    with pytest.raises(ValueError, match="manifest's 37 tokens.*, has 5"):
         PackedRows(tmp_path, "train", 4)
 
 
