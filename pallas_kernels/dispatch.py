@@ -14,8 +14,9 @@ from jax import lax
 
 from pallas_kernels import private_jax
 
-NAMES = ("xla", "mosaic_gpu", "mosaic_tpu")
-PREFERRED = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}  # by jax.default_backend()
+NAMES = ("xla", "mosaic_gpu", "mosaic_tpu", "cudnn")
+# By jax.default_backend(): the first of these that the operation has.
+PREFERRED: dict[str, tuple[str, ...]] = {"gpu": ("mosaic_gpu", "cudnn"), "tpu": ("mosaic_tpu",)}
 ANY_JAX_VERSION = "DSA_JAX_ANY_JAX_VERSION"  # environment variable: 1 lifts the limit of JAX versions
 
 # What a JAX release that differs from the tested ones makes a kernel raise: a moved module, a private name that is
@@ -63,7 +64,7 @@ def dispatch(
     """Call one of ``implementations`` (name -> function) with the remaining arguments.
 
     A named implementation runs, with any JAX version, or its error reaches the caller. ``None`` takes the kernel
-    written for the default backend and falls back to ``xla``, logging the reason once, when
+    for the default backend (``PREFERRED``) and falls back to ``xla``, logging the reason once, when
 
     - there is none, or it refuses these arguments (NotImplementedError);
     - it was not tested with this JAX version (``Kernel.tested``) and DSA_JAX_ANY_JAX_VERSION is not 1;
@@ -78,7 +79,7 @@ def dispatch(
     """
     if implementation is not None:
         return _named(operation, implementations, implementation)(*args, **kwargs)
-    name = PREFERRED.get(jax.default_backend())
+    name = _preferred(implementations)
     if name is None:
         return implementations["xla"](*args, **kwargs)
     result, reason = _attempt(implementations, name, lambda kernel: kernel(*args, **kwargs))
@@ -98,21 +99,23 @@ def dispatch_at_lowering(
     """As ``dispatch``, but ``None`` chooses by the platform that the program is lowered for.
 
     A program compiled ahead of time for TPU on a machine without one needs this. On every platform ``mosaic_tpu`` is
-    traced too, and dropped when the program is lowered for another one. options: keyword arguments, no arrays.
+    traced too, and dropped when the program is lowered for another one. The kernel for GPUs is tied to the GPU that it
+    is traced on, so it takes part only where there is one. options: keyword arguments, no arrays.
     """
     if implementation is not None:
         return _named(operation, implementations, implementation)(*args, **options)
-    xla = functools.partial(implementations["xla"], **options)
-
-    def by_platform(kernel: Callable[..., Any]) -> Any:
-        return lax.platform_dependent(*args, tpu=functools.partial(kernel, **options), default=xla)
-
-    result, reason = _attempt(implementations, "mosaic_tpu", by_platform)
-    if reason is None:
-        return result
-    level = logging.WARNING if jax.default_backend() == "tpu" else logging.INFO
-    _log_once(level, f"{operation}: using 'xla' on TPU too, because {reason}")
-    return xla(*args)
+    xla, backend = functools.partial(implementations["xla"], **options), jax.default_backend()
+    kernels = {}
+    for platform, name in [("tpu", "mosaic_tpu"), *[("cuda", "mosaic_gpu")] * (backend == "gpu")]:
+        _, reason = _attempt(
+            implementations, name, lambda kernel: jax.eval_shape(functools.partial(kernel, **options), *args)
+        )
+        if reason is None:
+            kernels[platform] = functools.partial(implementations[name], **options)
+            continue
+        level = logging.WARNING if backend == {"cuda": "gpu"}.get(platform, platform) else logging.INFO
+        _log_once(level, f"{operation}: using 'xla' on {platform.upper()} too, because {reason}")
+    return lax.platform_dependent(*args, **kernels, default=xla) if kernels else xla(*args)
 
 
 def has_kernel(operation: str, checks: Implementations, implementation: str | None, *args: Any) -> bool:
@@ -129,13 +132,19 @@ def has_kernel(operation: str, checks: Implementations, implementation: str | No
         except NotImplementedError:
             return False
         return True
-    name = PREFERRED.get(jax.default_backend())
+    name = _preferred(checks)
     if name is None or name not in checks:
         return False
     _, reason = _attempt(checks, name, lambda check: check(*args))
     if reason is not None:
         _log_once(logging.WARNING, f"{operation}: using 'xla', because {reason}")
     return reason is None
+
+
+def _preferred(implementations: Implementations) -> str | None:
+    """The name to try on the default backend, or None where ``xla`` is what it runs."""
+    names = PREFERRED.get(jax.default_backend(), ())
+    return next((name for name in names if name in implementations), names[0] if names else None)
 
 
 def _attempt(

@@ -140,4 +140,4 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Causal attention [B T N H] by cuDNN; q and k [B T N P+R], v [B T N H]."""
     if jax.default_backend() != "gpu":
         raise NotImplementedError("cuDNN runs on GPUs")
-    return private_jax.cudnn_causal_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+    return private_jax.cudnn_attention(q, k, v, None, scale=q.shape[-1] ** -0.5, causal=True)[0]

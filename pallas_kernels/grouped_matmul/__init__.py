@@ -7,10 +7,14 @@ from jax.typing import DTypeLike
 from pallas_kernels.arithmetic import WEIGHT_BLOCK
 from pallas_kernels.dispatch import Implementations, Kernel, dispatch_at_lowering
 from pallas_kernels.grouped_matmul import xla
+from pallas_kernels.hopper.versions import HOPPER_TESTED_JAX
 from pallas_kernels.private_jax import MEGABLOX_TESTED_JAX
 
 _IMPLEMENTATIONS: Implementations = {
     "xla": xla.grouped_matmul,
+    "mosaic_gpu": Kernel(
+        "pallas_kernels.grouped_matmul.mosaic_gpu", "grouped_matmul", tested=HOPPER_TESTED_JAX
+    ),
     "mosaic_tpu": Kernel(
         "pallas_kernels.grouped_matmul.mosaic_tpu", "grouped_matmul", tested=MEGABLOX_TESTED_JAX
     ),
@@ -41,7 +45,7 @@ def grouped_matmul(
         weights = (weights.astype(float32) * scales).astype(rows.dtype)
 
     Differentiable (reverse mode) in rows, and in weights unless they are FP8. The gradient of the weights is
-    accumulated in float32.
+    accumulated in float32; Hopper's kernel rounds the sum to the dtype of rows.
 
     Args:
       rows: [M X].
@@ -50,7 +54,8 @@ def grouped_matmul(
       weight_scales: [E ceil(X/128) ceil(Y/128)] float32.
       out_dtype: of the result; None for that of rows. float32 gives bfloat16 products their sums unrounded.
       implementation: see ``pallas_kernels.dispatch``. None chooses by the platform that the program is lowered for,
-        so that compiling for TPU ahead of time takes the TPU's kernel on any machine.
+        so that compiling for TPU ahead of time takes the TPU's kernel on any machine. Hopper's kernel is for
+        bfloat16 and widths that are multiples of 128.
 
     Returns:
       [M Y] in out_dtype.

@@ -4,13 +4,22 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
-from pallas_kernels.dispatch import Implementations, dispatch
+from pallas_kernels.dispatch import Implementations, Kernel, dispatch
 from pallas_kernels.masked_mha import xla
 from pallas_kernels.masked_mha.xla import Operands, VisibleKeys
+from pallas_kernels.private_jax import CUDNN_TESTED_JAX
 
-_FORWARD: Implementations = {"xla": xla.forward}
-_BACKWARD: Implementations = {"xla": xla.backward}
+_FORWARD: Implementations = {
+    "xla": xla.forward,
+    "cudnn": Kernel("pallas_kernels.masked_mha.cudnn", "forward", tested=CUDNN_TESTED_JAX),
+}
+_BACKWARD: Implementations = {
+    "xla": xla.backward,
+    "cudnn": Kernel("pallas_kernels.masked_mha.cudnn", "backward", tested=CUDNN_TESTED_JAX),
+}
 
 
 def masked_mha(
@@ -81,15 +90,21 @@ def _attend(scale: float, implementation: str | None, operands: Operands, keys: 
     return dispatch("masked_mha", _FORWARD, implementation, operands, keys, scale=scale)
 
 
-def _attend_forward(scale: float, implementation: str | None, operands: Operands, keys: VisibleKeys) -> Any:
+def _attend_forward(scale: float, implementation: str | None, operands: Any, keys: Any) -> Any:
+    operands, keys = custom_vjp_primal_tree_values((operands, keys))
     results = _attend(scale, implementation, operands, keys)
     return results, (operands, keys, results)
 
 
 def _attend_backward(scale: float, implementation: str | None, residuals: Any, cotangents: Any) -> Any:
+    d_out, d_lse = cotangents
+    if isinstance(d_out, SymbolicZero):
+        d_out = jnp.zeros(d_out.shape, d_out.dtype)
+    if isinstance(d_lse, SymbolicZero):  # nobody uses lse, or what uses it has no gradient
+        d_lse = None
     name = "masked_mha gradient"
-    gradients = dispatch(name, _BACKWARD, implementation, *residuals, cotangents, scale=scale)
+    gradients = dispatch(name, _BACKWARD, implementation, *residuals, (d_out, d_lse), scale=scale)
     return gradients, None  # intervals and indices are integers
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

@@ -37,7 +37,8 @@ class VisibleKeys(NamedTuple):
     topk_indices: Int[Array, "B T K"] | None
 
 
-Results = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]  # out and lse, or their cotangents
+Results = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]  # out and lse
+Cotangents = tuple[Float[Array, "B T N H"], Float[Array, "B T N"] | None]  # of out and lse; None is zero
 
 
 def forward(operands: Operands, keys: VisibleKeys, *, scale: float) -> Results:
@@ -48,7 +49,7 @@ def forward(operands: Operands, keys: VisibleKeys, *, scale: float) -> Results:
         q, k, v, broken = per_head
 
         def attend(q, key_start, key_stop, *topk_indices):
-            seen = _seen(key_start, key_stop, topk_indices, k.shape[1])
+            seen = seen_keys(key_start, key_stop, topk_indices, k.shape[1])
             logits = jnp.where(seen[:, None], _logits(q, k, scale) + _over_keys(broken), -jnp.inf)
             p, total, lse = exponentials(logits)
             out = einsum("BNTS,BSNH->BNTH", p.astype(v.dtype), v) / total
@@ -57,12 +58,12 @@ def forward(operands: Operands, keys: VisibleKeys, *, scale: float) -> Results:
         return map_query_blocks(attend, _queries_per_block(q, k), q, *per_row)
 
     q = jnp.concatenate([q_nope, q_rope], axis=-1)
-    per_head = q, _keys(k_nope, k_rope), *finite_rows(v)
+    per_head = q, whole_keys(k_nope, k_rope), *finite_rows(v)
     return _map_heads(some_heads, per_head, _present(*keys))
 
 
 def backward(
-    operands: Operands, keys: VisibleKeys, results: Results, cotangents: Results, *, scale: float
+    operands: Operands, keys: VisibleKeys, results: Results, cotangents: Cotangents, *, scale: float
 ) -> Operands:
     """Gradients of the operands, recomputing the probabilities from ``lse``."""
     (q_nope, q_rope, k_nope, k_rope, v), (out, lse), (d_out, d_lse) = operands, results, cotangents
@@ -73,7 +74,7 @@ def backward(
 
         def one_block(key_gradients, xs):
             q, out, lse, d_out, d_lse, broken, key_start, key_stop, *topk_indices = xs
-            seen = _seen(key_start, key_stop, topk_indices, k.shape[1])[:, None]
+            seen = seen_keys(key_start, key_stop, topk_indices, k.shape[1])[:, None]
             logits = _logits(q, k, scale) + _over_keys(broken_keys)
             p = probabilities(logits, jnp.moveaxis(lse + broken, 2, 1), seen)
             delta = (d_out.astype(sum_dtype) * out.astype(sum_dtype)).sum(axis=-1) - d_lse
@@ -90,8 +91,9 @@ def backward(
         (d_k, d_v), d_q = lax.scan(one_block, zeros, tuple(split_queries(x, block) for x in queries))
         return join_queries(d_q, q.shape[1]), d_k, d_v.astype(v.dtype)
 
+    d_lse = jnp.zeros_like(lse) if d_lse is None else d_lse
     q, of_q = finite_rows(jnp.concatenate([q_nope, q_rope], axis=-1))
-    (k, of_k), (v, of_v), (d_out, of_d_out) = (finite_rows(x) for x in (_keys(k_nope, k_rope), v, d_out))
+    (k, of_k), (v, of_v), (d_out, of_d_out) = (finite_rows(x) for x in (whole_keys(k_nope, k_rope), v, d_out))
     per_head = q, k, v, of_k + of_v, out, lse, d_out, d_lse, of_q + of_d_out
     d_q, d_k, d_v = _map_heads(some_heads, per_head, _present(*keys))
     P = q_nope.shape[-1]
@@ -145,7 +147,7 @@ def _bytes(rows_and_heads: int, S: int) -> int:
     return rows_and_heads * S * 3 * 4  # logits, p and a copy in float32
 
 
-def _seen(key_start, key_stop, topk_indices, S) -> Bool[Array, "B T S"]:
+def seen_keys(key_start, key_stop, topk_indices, S) -> Bool[Array, "B T S"]:
     seen = visible(key_start, key_stop, S)
     for indices in topk_indices:  # none, or one array
         listed = jnp.zeros((*indices.shape[:2], S + 1), bool)
@@ -154,7 +156,7 @@ def _seen(key_start, key_stop, topk_indices, S) -> Bool[Array, "B T S"]:
     return seen
 
 
-def _keys(k_nope, k_rope) -> Float[Array, "B S N X"]:
+def whole_keys(k_nope, k_rope) -> Float[Array, "B S N X"]:
     """Whole keys: one product per block writes the logits once, where two products and their sum would write thrice."""
     rotated = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
     return jnp.concatenate([k_nope, rotated], axis=-1)

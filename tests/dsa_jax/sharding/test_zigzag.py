@@ -147,7 +147,7 @@ def test_balancing_pays_where_a_kernel_scores(monkeypatch):
     sizes = (64, 128, jnp.dtype(jnp.bfloat16))
     assert not index_scores_has_kernel(*sizes)
     monkeypatch.setenv(dispatch.ANY_JAX_VERSION, "1")
-    monkeypatch.setitem(dispatch.PREFERRED, jax.default_backend(), "mosaic_gpu")
+    monkeypatch.setitem(dispatch.PREFERRED, jax.default_backend(), ("mosaic_gpu",))
     assert not index_scores_has_kernel(*sizes)  # it refuses: this is no GPU
     monkeypatch.setattr("pallas_kernels.hopper.device.require_hopper", lambda: None)
     assert index_scores_has_kernel(*sizes)
