@@ -26,14 +26,13 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_plan import (
     CONSUMER_REGISTERS,
     CONSUMERS,
     DEPTH,
-    OUT_SLOTS,
     PRODUCER_REGISTERS,
     SLAB,
     Plan,
     operand,
     output,
 )
-from pallas_kernels.grouped_matmul.mosaic_gpu_product import drain, for_each
+from pallas_kernels.grouped_matmul.mosaic_gpu_product import drain, for_each, free_slot
 from pallas_kernels.hopper.mosaic import pl, plgpu
 
 ROWS = CONSUMERS * SLAB  # of a tile
@@ -178,8 +177,7 @@ def _consume(plan, ends, out, scratch, warpgroup):
 
         values = pl.run_scoped(products, plgpu.ACC((SLAB, plan.width), jnp.float32)).astype(jnp.bfloat16)
         for part in range(plan.width // 64):
-            slot = scratch.out.at[warpgroup, part % OUT_SLOTS]
-            plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
+            slot = free_slot(scratch.out.at[warpgroup], part)
             slot[...] = values[:, part * 64 : (part + 1) * 64]
             plgpu.commit_smem()
             target = out.at[tile.group, pl.ds(pl.multiple_of(tile.row + warpgroup * SLAB, SLAB), SLAB)]

@@ -195,8 +195,7 @@ def _consume(plan, tasks, out, scratch, warpgroup):
         first = tile.first + slab * SLAB
         begin = jnp.maximum(tile.low - first, 0)
         count = jnp.maximum(jnp.minimum(tile.high - first, SLAB) - begin, 0)
-        slot = scratch.out.at[warpgroup, (slab * (half // 64) + part) % OUT_SLOTS]
-        plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
+        slot = free_slot(scratch.out.at[warpgroup], slab * (half // 64) + part)
         slot[...] = values
         plgpu.commit_smem()
         column = pl.multiple_of(tile.column + warpgroup * half + part * 64, 64)
@@ -216,6 +215,19 @@ def _consume(plan, tasks, out, scratch, warpgroup):
 
     _for_each_tile(plan, tasks, one)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def free_slot(slots: Any, nth: int) -> Any:
+    """Where to put the nth 64 columns of a tile, once the copies that read this shared memory are done.
+
+    Every tile begins with slot 0, so its first columns wait for all copies of the tile before.
+    """
+    if nth % OUT_SLOTS == nth:
+        if nth == 0:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    else:
+        plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
+    return slots.at[nth % OUT_SLOTS]
 
 
 def _copy_out(slot, out, first, begin, count, columns):
