@@ -30,8 +30,8 @@ def prefers_mha(config: ModelConfig, T: int, S: int) -> bool:
 def for_training(config: ModelConfig, T: int) -> ModelConfig:
     """The config to differentiate on rows of T tokens: ``attention_form`` is fixed to the form with less work.
 
-    XLA computes the gradients of both forms, so the kernels of the forward pass must not decide the form. Call it
-    in every training loop, your own included:
+    The gradient of the MQA form is XLA's, so its fast forward kernel must not decide the form. Call this in every
+    training loop, your own included:
 
     >>> model = Transformer(for_training(config, tokens.shape[1]))
 
