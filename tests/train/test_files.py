@@ -128,7 +128,7 @@ def test_an_unknown_key_is_accepted_with_the_option_that_the_message_names(
         monkeypatch.setattr(
             work, lambda *args: started.append(args) or (_ for _ in ()).throw(ValueError("started"))
         )
-    command = ["nano_cpu", "--init-from", str(root / "hf")]
+    command = ["nano_cpu", "--init-from", str(root / "hf"), "--run.seq-len", "32"]
     needed = ["--topology", "h200:8", "--mode", "decode", "--seq-len", "64", "--batch", "8"]
     for main, arguments in (
         (training.main, command),

@@ -1,5 +1,6 @@
 """Every file that a user hands to `dsa-jax`, damaged in every way: one sentence with its path, exit code 2."""
 
+import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def nothing_runs(monkeypatch) -> None:
     def run(*args, **kwargs):
         pytest.fail("the command went on to run the model")
 
-    monkeypatch.setattr("dsa_jax.generate.stream", run)
+    # The package has a function of the module's name.
+    monkeypatch.setattr(importlib.import_module("dsa_jax.generate"), "stream", run)
     monkeypatch.setattr("dsa_jax.parity.compare.run_ours", run)
 
 
