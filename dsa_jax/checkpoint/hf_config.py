@@ -216,10 +216,15 @@ def _refuse_unknown(
 
 
 def _refuse_other_types(values: dict[str, Any]) -> None:
-    """Refuses a value where a list is expected; None means an absent key."""
+    """Refuses a value where a list is expected, and token ids that are no integers; None means an absent key."""
     for key, types in _LISTS.items():
         if not isinstance(values.get(key), (type(None), *types)):
             raise ValueError(f"config.json: {key} must be a list, got {values[key]!r}")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = values.get(key)
+        for token in ids if key == "eos_token_id" and isinstance(ids, list) else (ids,):
+            if token is not None or isinstance(ids, list):
+                read_integer(key, token)
 
 
 def _fill_aliases(values: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ class OrbaxReader:
             raise ValueError(
                 f"{path} is not a zarr 2 checkpoint in an OCDBT store, Orbax's default; save it so"
             )
-        self._prefix = _prefix(keys, self.path)
+        self._prefix = _prefix(keys, root / ORBAX_METADATA)
         # Zero keeps no decoded chunk: what was read is the caller's.
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         self._root = root
@@ -159,7 +159,7 @@ def _leaf_keys(metadata: dict[str, Any], file: Path) -> list[Leaf]:
         ) from error
 
 
-def _prefix(keys: list[Leaf], path: Path) -> Leaf:
+def _prefix(keys: list[Leaf], file: Path) -> Leaf:
     """What comes before ("embed",), the one leaf every model has at its top, in the parameters' paths."""
     found = [key[:-1] for key in keys if key[-1:] == ("embed",) and "mtp" not in key]
     found = [prefix for prefix in found if (*prefix, "norm") in keys] or found
@@ -167,8 +167,8 @@ def _prefix(keys: list[Leaf], path: Path) -> Leaf:
     found = sorted((prefix for prefix in found if "opt_state" not in prefix), key=len)
     if not found or (len(found) > 1 and len(found[0]) == len(found[1])):
         raise ValueError(
-            f"{path} holds no tree of parameters (no single leaf 'embed'): its leaves are "
-            f"{', '.join('.'.join(map(str, key)) for key in keys[:4])}"
+            f"{file} lists no tree of parameters (no single leaf 'embed'), its leaves are "
+            f"{', '.join('.'.join(key) for key in keys[:4]) or 'none'}: give the folder of a model's checkpoint"
         )
     return found[0]
 

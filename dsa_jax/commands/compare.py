@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dsa_jax.checkpoint.files import refuse_lfs_pointer
 from dsa_jax.commands.inputs import check_tokens, checked_folder, read_tokenizer, read_vectors
 from dsa_jax.commands.outputs import progress_bar, write_text
 
@@ -152,6 +153,7 @@ class Compare:
         tokenizer = read_tokenizer(self.model)
         if tokenizer is None:
             raise ValueError(f"--text needs tokenizer.json in {self.model}, which has none")
+        refuse_lfs_pointer(self.text)
         try:
             text = self.text.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -159,7 +161,8 @@ class Compare:
         ids = tokenizer.encode(text).ids
         if self.batch != 1 or len(ids) < self.seq_len:
             raise ValueError(
-                f"--text gives one sequence of {len(ids)} tokens, got --batch {self.batch} --seq-len {self.seq_len}"
+                f"--text {self.text} gives one sequence of {len(ids)} tokens, got --batch {self.batch} "
+                f"--seq-len {self.seq_len}"
             )
         return np.asarray([ids[: self.seq_len]])
 

@@ -190,3 +190,14 @@ def test_a_dense_checkpoint_gets_fresh_indexers_and_keeps_the_rest(release, dens
 def test_a_checkpoint_that_has_indexers_gets_no_others(release, tmp_path) -> None:
     with pytest.raises(ValueError, match="already has .* indexer tensors .* without --add-indexer"):
         convert(release, tmp_path / "out", add_indexer=True)
+
+
+def test_unknown_keys_of_a_config_in_hugging_faces_spelling_can_be_accepted(
+    release, converted, tmp_path
+) -> None:
+    values = json.loads((release / "config.json").read_text()) | {"sliding_window": 128}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"{tmp_path / 'config.json'}: .*pass --ignore sliding_window"):
+        load_config(converted, config_file=tmp_path / "config.json")
+    accepted = load_config(converted, config_file=tmp_path / "config.json", ignore=("sliding_window",))
+    assert accepted == load_config(converted, config_file=release / "config.json")

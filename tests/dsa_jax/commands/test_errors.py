@@ -1,5 +1,8 @@
 """The one place that turns an exception into one line and an exit code."""
 
+import errno
+import os
+
 import pytest
 
 from dsa_jax.commands.errors import run_command
@@ -53,3 +56,16 @@ def test_a_traceback_is_shown_on_request(monkeypatch) -> None:
     monkeypatch.setenv("DSA_JAX_TRACEBACK", "1")
     with pytest.raises(ValueError, match="why"):
         run_command("prog", raises(ValueError("why")))
+
+
+def test_an_error_of_the_operating_system_is_a_sentence_with_the_path(tmp_path, capsys) -> None:
+    """Root may read every file, so that a test cannot take the permission away."""
+
+    def command() -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "config.json"))
+
+    assert run_command("prog", command) == 2
+    assert (
+        capsys.readouterr().err
+        == f"prog: {tmp_path / 'config.json'} cannot be read or written: permission denied\n"
+    )

@@ -174,7 +174,7 @@ def test_the_operations_of_a_prompt_are_the_sum_of_its_chunks():
             ["--config", "no-such-model"],
             "--config must be one of deepseek-v3.2, glm-5, tiny, .* got 'no-such-model'",
         ),
-        (["--batch", "0"], "--batch must be at least 1 and below 2**31, got 0"),
+        (["--batch", "0"], r"--batch must be at least 1 and below 2\*\*31, got 0"),
         (
             ["--chunk", "16"],
             "--chunk is for --mode prefill and at most --seq-len=64, got 16 and --mode train",
