@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax.cache import Cache, init_cache
 from dsa_jax.config import ModelConfig
@@ -98,6 +98,7 @@ def stream(
 
     Raises:
       ValueError: an empty prompt, an id outside the vocabulary, or prompt + max_new_tokens above max_seq_len.
+      FloatingPointError: a logit is not finite; the message names the row and the token.
     """
     lengths = check_request(prompts, config, max_new_tokens, prefill_chunk)
     B, longest = len(prompts), max(lengths)
@@ -119,7 +120,12 @@ def stream(
     unseeded = replace(sampling, seed=0)  # it is a static argument: a new seed must not compile again
     active = np.ones(B, bool)
     for step in range(max_new_tokens):
-        chosen, keys = _draw(logits, keys, unseeded)
+        chosen, keys, finite = _draw(logits, keys, unseeded)
+        if (broken := active & ~np.asarray(finite)).any():
+            raise FloatingPointError(
+                f"row {broken.argmax()}, new token {step + 1}: the logits are not finite, so there is no next token; "
+                "`dsa-jax verify` names weights that are NaN or infinite, and float32 overflows later than bfloat16"
+            )
         drawn = np.asarray(chosen)
         yield [int(token) if live else None for token, live in zip(drawn, active, strict=True)]
         active &= ~np.isin(drawn, list(stop_tokens))
@@ -186,11 +192,13 @@ def compiled_steps(config: ModelConfig) -> tuple[Any, Any]:
 @functools.partial(jax.jit, static_argnames="sampling")
 def _draw(
     logits: Float[Array, "B V"], keys: jax.Array, sampling: Sampling
-) -> tuple[Int[Array, " B"], jax.Array]:
+) -> tuple[Int[Array, " B"], jax.Array, Bool[Array, " B"]]:
+    """(next token, keys of the step after, whether all logits of the row are finite)."""
+    finite = jnp.isfinite(logits).all(axis=-1)
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1), keys
+        return jnp.argmax(logits, axis=-1), keys, finite
     now, later = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    return jax.vmap(jax.random.categorical)(now, truncate(logits, sampling)), later
+    return jax.vmap(jax.random.categorical)(now, truncate(logits, sampling)), later, finite
 
 
 def truncate(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,11 +45,14 @@ class Stage:
 
     def __post_init__(self) -> None:
         for group, rate in (("model", self.lr), ("indexer", self.index_lr)):
-            if self.trains in (group, "both") and rate <= 0:
+            if self.trains in (group, "both") and not rate > 0:
                 name = "lr" if group == "model" else "index_lr"
                 raise ValueError(
                     f"stage {self.name!r} trains {self.trains!r}, so {name} must be positive, got {rate}"
                 )
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not 0 <= value < math.inf:
+                raise ValueError(f"stage {self.name!r} needs a finite {name} of at least 0, got {value}")
         if self.steps < 1 or self.lr_warmup < 0 or self.lr_warmup > self.steps:
             raise ValueError(
                 f"stage {self.name!r} needs steps >= 1 and 0 <= lr_warmup <= steps, got {self.steps}, {self.lr_warmup}"
@@ -111,7 +115,7 @@ class Lora:
     experts: bool = True
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
+        if self.rank < 1 or not 0 < self.alpha < math.inf:
             raise ValueError(f"rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
         check_numbers(self)
 

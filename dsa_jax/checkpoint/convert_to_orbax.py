@@ -22,7 +22,7 @@ from dsa_jax.checkpoint.orbax_folder import CARRIED_FOLDER, FORMAT_VERSION, META
 from dsa_jax.checkpoint.orbax_plan import OrbaxPlan
 from dsa_jax.checkpoint.orbax_tensors import SCALES, VALUES
 from dsa_jax.checkpoint.orbax_writer import OrbaxWriter
-from dsa_jax.checkpoint.pieces import Leaf, Piece, digest, dtype_of_form, read_piece, to_leaf
+from dsa_jax.checkpoint.pieces import Leaf, Piece, digest, dtype_of_form, read_finite_piece, to_leaf
 from dsa_jax.config import Fp8Config
 
 Digests = dict[str, dict[str, list[str]]]
@@ -133,7 +133,7 @@ def _batches(pieces: list[Piece], plan: OrbaxPlan, batch_bytes: int) -> Iterator
 def _make(checkpoint: Checkpoint, plan: OrbaxPlan, piece: Piece) -> _Made:
     row, form = piece.row, plan.forms[piece.row.path]
     scale_fmt = (checkpoint.config.fp8 or Fp8Config()).scale_fmt
-    values, scales = read_piece(checkpoint.tensors, piece, dtype_of_form(form), scale_fmt=scale_fmt)
+    values, scales = read_finite_piece(checkpoint.tensors, piece, dtype_of_form(form), scale_fmt=scale_fmt)
     array = to_leaf(values, row)
     entry = [piece.name, piece.start, digest(array)]
     if scales is None:

@@ -21,7 +21,7 @@ from dsa_jax.checkpoint.files import sync_folder, write_atomically
 from dsa_jax.checkpoint.hf_plan import HfPlan, Output, Shard
 from dsa_jax.checkpoint.hf_reader import INDEX_FILE
 from dsa_jax.checkpoint.names import SCALE_SUFFIX
-from dsa_jax.checkpoint.pieces import FORM_OF_DTYPE, Piece, cut, read_piece
+from dsa_jax.checkpoint.pieces import FORM_OF_DTYPE, Piece, cut, read_finite_piece
 from dsa_jax.checkpoint.safetensors_file import DTYPES
 from dsa_jax.checkpoint.tensors import Tensors
 
@@ -111,7 +111,7 @@ def _read_ahead(tensors: Tensors, output: Output, scale_fmt: str | None, pool: T
     """The pieces in order, the next one read while the caller writes this one."""
 
     def read(piece: Piece) -> tuple[np.ndarray, np.ndarray | None]:
-        return read_piece(tensors, piece, output.dtype, scale_fmt=scale_fmt)
+        return read_finite_piece(tensors, piece, output.dtype, scale_fmt=scale_fmt)
 
     pieces = cut(output.name, output.row, FORM_OF_DTYPE[output.dtype])
     future = pool.submit(read, next(pieces))

@@ -28,6 +28,15 @@ FORM_OF_DTYPE: dict[str, Form] = {FP8: "fp8", "BF16": "bfloat16", "F16": "bfloat
 """The form whose pieces a tensor of this safetensors dtype is cut into, by the size of its elements."""
 _TILE_ROWS, _TILE_ROW_BYTES = 64, 2048
 """Measured: a third faster than square tiles, seven times as fast as no tiles."""
+NOT_FINITE = "holds NaN or infinity"
+_ALL_ONES = {
+    "float32": (np.uint32, np.uint32(0x7F800000)),
+    "bfloat16": (np.uint16, np.uint16(0x7F80)),
+    "float16": (np.uint16, np.uint16(0x7C00)),
+    "float8_e4m3fn": (np.uint8, np.uint8(0x7F)),
+}
+"""dtype -> the integer of its size, and the bits that are all 1 in a NaN or an infinity and in nothing else."""
+_CHECKED_AT_ONCE = 1 << 18  # values, which fit a cache
 Leaf = tuple[str, ...]
 
 
@@ -132,6 +141,29 @@ def read_piece(
         except ValueError as error:
             raise ValueError(f"{piece.name}: {error}") from error
     return values.astype(DTYPES[dtype], copy=False), None
+
+
+def read_finite_piece(
+    tensors: Tensors, piece: Piece, dtype: str, *, scale_fmt: str | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """As `read_piece`, for what is written elsewhere: raises ValueError for a value that is NaN or infinite."""
+    values, scales = read_piece(tensors, piece, dtype, scale_fmt=scale_fmt)
+    if not all_finite(values):
+        raise ValueError(
+            f"{piece.name} {NOT_FINITE} (rows {piece.start} .. {piece.stop - 1}): download or export it again; "
+            "`dsa-jax verify` lists every such tensor"
+        )
+    return values, scales
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether there is neither a NaN nor an infinity, from the exponents' bits (float8_e4m3fn has only NaN)."""
+    unsigned, mask = _ALL_ONES[str(values.dtype)]
+    bits = values.reshape(-1).view(unsigned)
+    return not any(
+        ((bits[start : start + _CHECKED_AT_ONCE] & mask) == mask).any()
+        for start in range(0, bits.size, _CHECKED_AT_ONCE)
+    )
 
 
 def to_leaf(array: np.ndarray, row: TensorRow) -> np.ndarray:

@@ -15,7 +15,7 @@ from dsa_jax.checkpoint.job import refuse_incomplete
 from dsa_jax.checkpoint.names import SCALE_SUFFIX, tensor_table
 from dsa_jax.checkpoint.open_checkpoint import load_config, open_tensors
 from dsa_jax.checkpoint.orbax_tensors import SCALES, VALUES, OrbaxTensors
-from dsa_jax.checkpoint.pieces import FORM_OF_DTYPE, Piece, cut, digest
+from dsa_jax.checkpoint.pieces import FORM_OF_DTYPE, NOT_FINITE, Piece, all_finite, cut, digest
 from dsa_jax.checkpoint.tensors import FP8, Tensors, describe_fault, find_faults
 
 
@@ -60,7 +60,9 @@ def verify(
         for each, found in _digests(tensors, pieces, entry.dtype == FP8).items():
             checked += 1
             done += tensors.entries[each].size
-            if listed and (fault := _fault(each, found, listed.get(each))):
+            if isinstance(found, str):
+                faults.append(f"{each}: {found}")
+            elif listed and (fault := _fault(each, found, listed.get(each))):
                 faults.append(fault)
         on_progress(done, total)
     missing = set(listed) - set(tensors.entries)
@@ -70,21 +72,25 @@ def verify(
     )
 
 
-def _fault(name: str, found: list[str] | str, listed: dict[str, Any] | None) -> str | None:
+def _fault(name: str, found: list[str], listed: dict[str, Any] | None) -> str | None:
     if listed is None:
         return f"{name} has no checksum"
-    if isinstance(found, str):
-        return f"{name}: {found}"
     return None if listed["sha256"] == found else f"{name} differs from its checksum"
 
 
 def _digests(tensors: Tensors, pieces: list[Piece], fp8: bool) -> dict[str, list[str] | str]:
-    """Name -> digests of its pieces as `convert` made them, or what kept them from being read."""
+    """Name -> digests of its pieces as `convert` made them, or what is wrong with them."""
     name = pieces[0].name
     scale = name + SCALE_SUFFIX
     found: dict[str, list[str] | str] = {}
     try:
-        found[name] = [digest(_stored(tensors, piece, "")) for piece in pieces]
+        digests = []
+        for piece in pieces:
+            values = _stored(tensors, piece, "")
+            if not all_finite(values):
+                raise ValueError(f"{NOT_FINITE} (rows {piece.start} .. {piece.stop - 1})")
+            digests.append(digest(values))
+        found[name] = digests
         if fp8 and isinstance(tensors, OrbaxTensors):
             found[scale] = [digest(_stored(tensors, piece, SCALE_SUFFIX)) for piece in pieces]
         elif fp8:

@@ -2,8 +2,8 @@
 `verify` turn checkpoints from one layout into another and check them. `aot` (train.aot, found by its entry point)
 says ahead of time whether a run fits.
 
-Exit codes: 0 done; 1 a difference beyond the tolerance, or a fault found; 2 bad input, reported in one line on standard
-error (`--traceback` or DSA_JAX_TRACEBACK=1 shows where it arose).
+Exit codes: 0 done; 1 a difference beyond the tolerance, a fault found, or logits that are not finite; 2 bad input,
+reported in one line on standard error (`--traceback` or DSA_JAX_TRACEBACK=1 shows where it arose).
 """
 
 import dataclasses
@@ -49,7 +49,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args=args,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return run_command("dsa-jax", command.run, traceback=command.traceback)
+    failures = (FloatingPointError,)
+    return run_command("dsa-jax", command.run, traceback=command.traceback, failures=failures)
 
 
 @dataclasses.dataclass(frozen=True)

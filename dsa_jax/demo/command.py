@@ -165,4 +165,5 @@ def main(arguments: list[str] | None = None) -> int:
     def run() -> int:
         return 0 if demo(options.file, options.new_tokens, Console(highlight=False)) else 1
 
-    return run_command("python -m dsa_jax.demo", run, traceback=options.traceback)
+    failures = (FloatingPointError,)
+    return run_command("python -m dsa_jax.demo", run, traceback=options.traceback, failures=failures)

@@ -31,8 +31,16 @@ class Model:
     programs: dict[tuple[Attention, int], Any] = dataclasses.field(default_factory=dict)
 
     def run(self, attention: Attention, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """[T] tokens -> logits [T V], and the selected keys [L T K] of sparse attention."""
+        """[T] tokens -> logits [T V], and the selected keys [L T K] of sparse attention.
+
+        Raises:
+          FloatingPointError: a logit is not finite.
+        """
         logits, selected = self.program(attention, len(tokens))(self.params, tokens)
+        if not np.isfinite(logits).all():
+            raise FloatingPointError(
+                f"the logits of {attention} attention over {len(tokens)} tokens are not finite"
+            )
         return np.asarray(logits), None if selected is None else np.asarray(selected)
 
     def program(self, attention: Attention, length: int) -> Any:

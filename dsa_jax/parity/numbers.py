@@ -5,12 +5,19 @@ import math
 import numpy as np
 
 NO_SCORE = -1e30
-"""An index score below this is a mask, whether written as -inf or as the lowest finite number."""
+"""An index score at or below this is a mask, whether written as -inf or as the lowest finite number."""
+
+
+def unmasked(scores: np.ndarray) -> np.ndarray:
+    """Where a score is no mask. A NaN is none: it counts as a score, which nothing equals."""
+    return ~(scores <= NO_SCORE)
 
 
 def max_difference(ours: np.ndarray, reference: np.ndarray) -> float:
     """Largest absolute difference; NaN in either array gives NaN."""
-    return float(np.max(np.abs(ours.astype(np.float32) - reference.astype(np.float32)), initial=0.0))
+    with np.errstate(invalid="ignore"):  # inf - inf
+        differences = np.abs(ours.astype(np.float32) - reference.astype(np.float32))
+    return float(np.max(differences, initial=0.0))
 
 
 def membership(indices: np.ndarray, visible: np.ndarray) -> np.ndarray:
@@ -40,7 +47,7 @@ def topk_row(ours: np.ndarray, reference: np.ndarray, scores: np.ndarray | None)
             np.tril(np.ones((n_tokens, n_tokens), bool)), (ours.shape[0], n_tokens, n_tokens)
         )
     else:
-        visible = scores > NO_SCORE
+        visible = unmasked(scores)
     mine, theirs = membership(ours, visible), membership(reference, visible)
     size = theirs.sum(-1)
     overlap = np.where(
@@ -76,15 +83,16 @@ def expert_row(
 
 def score_difference(ours: np.ndarray, reference: np.ndarray) -> float:
     """Largest difference over the keys that are visible in the reference; inf if ours masks other keys."""
-    visible = reference > NO_SCORE
-    if not np.array_equal(ours > NO_SCORE, visible):
+    visible = unmasked(reference)
+    if not np.array_equal(unmasked(ours), visible):
         return math.inf
     return max_difference(ours[visible], reference[visible])
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Over the last axis, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # an infinite logit gives NaN
+        shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 

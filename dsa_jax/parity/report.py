@@ -72,6 +72,13 @@ class Report:
                     f"layer {row.layer}: {row.experts_equal:.4%} of the expert sets agree, "
                     f"fewer than {limit.experts_equal:.4%}"
                 )
+            found += [
+                f"layer {row.layer}: {name} differs by {number}: one of the runs holds a number that is not finite"
+                for name in ("expert_weights", "attn", "mlp", "out")
+                if (number := getattr(row, name)) is not None and not math.isfinite(number)
+            ]
+        if not math.isfinite(self.kl):
+            found.append(f"the KL divergence is {self.kl}: the logits of one of the runs are not finite")
         if not self.logits <= limit.logits:
             found.append(f"logits differ by {self.logits:.2e}, more than {limit.logits:.2e}")
         return tuple(found)

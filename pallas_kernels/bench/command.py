@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,15 @@ def speedups(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def without_an_error(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The cases whose result is wrong in a way that no relative error measures."""
+    return [
+        f"{row['operation']} {row['name']}"
+        for row in rows
+        if not all(math.isfinite(value) for value in row.get("error", {}).values())
+    ]
+
+
 HEADING = (
     f"{'operation':17} {'case':26} {'ms':>9} {'us/query':>9} {'measured by':12} {'gaps, us':>8} {'rate':>16} "
     f"{'share':>6}  error"
@@ -95,7 +105,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: prints one line per case and returns 0."""
+    """The command: prints one line per case. Returns 0, or 1 if the error of a case is not finite."""
     operations = sorted({case.operation for case in CASES})
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description="Time the kernels.")
     parser.add_argument(
@@ -133,4 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.json:  # after every case: an interrupted run keeps what it has
                 options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     print("\n".join(speedups(rows)))
-    return 0
+    wrong = without_an_error(rows)
+    print(
+        "".join(f"{name}: the result is not finite, or finite where it must not be\n" for name in wrong),
+        end="",
+    )
+    return 1 if wrong else 0

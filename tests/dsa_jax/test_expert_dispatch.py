@@ -48,6 +48,25 @@ def run(T, bias, mesh=None):
 
 
 @pytest.mark.devices(4, 8)
+def test_a_broken_token_leaves_the_other_tokens_as_they_were():
+    """Not even through the empty places of the queues, which are read with a weight of 0."""
+    parameters, x = inputs(24)
+    broken = jnp.zeros(x.shape[:2], bool).at[0, 0].set(True).at[2, 5].set(True)[..., None]
+
+    @jax.jit
+    def run(x):
+        y, pull = jax.vjp(lambda x: moe(x, jnp.ones(x.shape[:2], bool), parameters, CONFIG)[0], x)
+        return y, pull(jnp.where(broken, 0.0, 1.0).astype(y.dtype) * jnp.ones_like(y))[0]
+
+    with jax.set_mesh(make_mesh(expert=2, tensor=2, devices=jax.devices()[:4])):
+        expected = jax.device_get(run(jnp.where(broken, 0.0, x)))
+        for value in (np.nan, np.inf):
+            found = jax.device_get(run(jnp.where(broken, value, x)))
+            for ours, theirs in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(ours[~broken[..., 0]], theirs[~broken[..., 0]])
+
+
+@pytest.mark.devices(4, 8)
 @pytest.mark.parametrize("bias", BIAS)
 def test_sums_and_gradients_are_those_of_one_device(bias):
     T = 24

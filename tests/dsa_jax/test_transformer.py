@@ -12,6 +12,8 @@ import pytest
 from dsa_jax.cache import init_cache
 from dsa_jax.checkpoint.names import leaf_shapes
 from dsa_jax.config import deepseek_v32, glm5, tiny
+from dsa_jax.moe import swiglu
+from dsa_jax.norm import rms_norm
 from dsa_jax.transformer import Transformer
 from tests.dsa_jax.models import config_of, params_of, tokens_of
 
@@ -161,6 +163,26 @@ def test_no_gradient_of_the_loss_reaches_the_indexer():
 def test_bfloat16_stays_near_float32():
     reference, rounded = logits_of(TOKENS), logits_of(TOKENS, dtype="bfloat16")
     assert np.linalg.norm(rounded - reference) < 0.05 * np.linalg.norm(reference)
+
+
+def test_the_feed_forward_part_reads_the_sum_before_it_is_rounded():
+    """Only the residual stream is rounded to bfloat16, as in DeepSeek's code."""
+    model = Transformer(dataclasses.replace(CONFIG, dtype="bfloat16"))
+    run = jax.jit(lambda p: model.apply(p, TOKENS, capture=("input", "attn", "ffn"))[2])
+    aux, layer = run(PARAMS), jax.tree.map(lambda x: x[0], PARAMS["params"]["dense_layers"])
+    residual = aux["input"][0].astype(jnp.float32) + aux["attn"][0].astype(jnp.float32)
+
+    @jax.jit
+    def feed_forward(residual):
+        h = rms_norm(residual, layer["ffn_norm"], CONFIG.norm_eps, jnp.bfloat16)
+        return swiglu(h, layer["ffn"]).astype(jnp.float32)
+
+    found = aux["ffn"][0].astype(jnp.float32)
+    close_to_sum, to_rounded = (
+        float(jnp.abs(found - feed_forward(x)).mean())
+        for x in (residual, residual.astype(jnp.bfloat16).astype(jnp.float32))
+    )
+    assert 10 * close_to_sum < to_rounded
 
 
 def test_a_row_that_outgrows_its_cache_gets_nan_logits():

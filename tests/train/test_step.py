@@ -223,6 +223,22 @@ def test_each_group_is_clipped_by_its_own_norm():
         np.testing.assert_allclose(optax.tree.norm(moments), 0.1 * stage.clip, rtol=1e-4)  # (1 - b1) g
 
 
+def test_the_update_is_that_of_adamw_with_deepseeks_numbers():
+    """Gradients of about eps, so that it counts; the second differs from the first, so that both betas do."""
+    stage, lr = dataclasses.replace(STAGES["dense"], weight_decay=0.1, clip=1e9), STAGES["dense"].lr
+    gradients = [random_gradient(stage, seed) for seed in (0, 1)]
+    for gradient in gradients:
+        gradient.update({path: 1e-8 * g for path, g in gradient.items()})
+    updates = updates_after(stage, *gradients)
+    for path in ("params.embed", "params.norm"):
+        first, second = (np.asarray(gradient[path], np.float64) for gradient in gradients)
+        m = (0.9 * 0.1 * first + 0.1 * second) / (1 - 0.9**2)
+        v = (0.95 * 0.05 * first**2 + 0.05 * second**2) / (1 - 0.95**2)
+        decay = 0.1 * 2.0 if path == "params.embed" else 0.0
+        expected = -lr * (m / (np.sqrt(v) + 1e-8) + decay)
+        np.testing.assert_allclose(updates[path], expected, rtol=1e-4, err_msg=path)
+
+
 def test_matrices_decay_and_norms_and_biases_do_not():
     stage = STAGES["sparse"]
     updates = updates_after(stage, vectors(stage, 0.0))

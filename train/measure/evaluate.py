@@ -7,6 +7,7 @@ compiles once per shape and config.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,7 @@ def score(
 
     Raises:
       ValueError: the batches hold no target.
+      FloatingPointError: the cross entropy is not finite.
     """
     config = _inference(config, attention)
     nats, right, count = 0.0, 0, 0
@@ -62,6 +64,11 @@ def score(
     if count == 0:
         raise ValueError(
             "a cross entropy needs at least one target (an entry of targets >= 0), the batches hold 0"
+        )
+    if not math.isfinite(nats):
+        raise FloatingPointError(
+            f"the cross entropy over {count} targets with {config.attention} attention is {nats / count}: a parameter "
+            "is not finite, or the computation overflowed"
         )
     return Score(n_targets=count, cross_entropy=nats / count, accuracy=right / count)
 
@@ -147,14 +154,22 @@ def indexer_quality(params: Parameters, config: ModelConfig, batch: Batch) -> li
         recall_random   K keys at random, in expectation: K / visible keys
       overlap: the fraction of the oracle's K keys that the indexer selected. queries: how many were counted.
       A layer without such queries has no dict.
+
+    Raises:
+      FloatingPointError: a number of a layer is not finite.
     """
     means = jax.device_get(_quality(params, _inference(config, None), batch["tokens"], batch["segment_ids"]))
     queries = means.pop("queries")
-    return [
+    layers = [
         {"layer": layer, "queries": int(n)} | {name: float(mean[layer]) for name, mean in means.items()}
         for layer, n in enumerate(queries)
         if n
     ]
+    for found in layers:
+        if bad := [f"{name} {number}" for name, number in found.items() if not math.isfinite(number)]:
+            raise FloatingPointError(f"layer {found['layer']}: {', '.join(bad)}: a parameter is not finite, or the "
+                                     "computation overflowed")  # fmt: skip
+    return layers
 
 
 @functools.partial(jax.jit, static_argnames="config")

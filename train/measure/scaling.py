@@ -9,6 +9,7 @@ The losses are printed in full: for the same rows they match any other mesh up t
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
@@ -42,6 +43,9 @@ def measure(run: Run, steps: int) -> dict[str, Any]:
       devices; losses of all steps; seconds per step (median without the first); tokens_per_s and flops_per_s per
       device; planned_bytes of the compiled program; peak_bytes (None if the device does not report it);
       compile_seconds.
+
+    Raises:
+      FloatingPointError: a loss is not finite.
     """
     sharding, stage = RunSharding(run), run.stages[0]
     batch = random_batch(run.model, run.batch, run.seq_len)
@@ -57,6 +61,8 @@ def measure(run: Run, steps: int) -> dict[str, Any]:
             state, metrics = step(state, inputs)
             losses.append(float(metrics["loss"]))
             took.append(time.perf_counter() - begin)
+    if not all(math.isfinite(loss) for loss in losses):
+        raise FloatingPointError(f"losses must be finite to compare meshes and their speed, got {losses}")
     seconds = statistics.median(took[1:])
     rate = run.batch * run.seq_len / seconds / sharding.n_devices
     flops = training_flops(switched(run.model, stage), run.seq_len, stage.trains)

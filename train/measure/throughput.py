@@ -117,6 +117,9 @@ def throughput(
       one), tokens_per_s, flops_per_s (operations of ``train.measure.flops`` for this attention), argument_bytes and
       temporary_bytes (XLA's plan of the compiled program). If memory does not suffice, out_of_memory is True and the
       numbers are missing.
+
+    Raises:
+      FloatingPointError: a pass returns a number that is not finite, so that its speed would say nothing.
     """
     passes = passes or {"forward": FORWARD}
     if params is None:
@@ -156,12 +159,19 @@ def _measure(function: Callable[..., Any], params: Any, inputs: Any, repeats: in
         jax.block_until_ready(compiled(params, inputs))
         return time.perf_counter() - begin
 
-    seconds()
+    if not all(jnp.isfinite(x).all() for x in jax.tree.leaves(compiled(params, inputs)) if _is_float(x)):
+        raise FloatingPointError(
+            "the pass to be timed gives numbers that are not finite: check the parameters"
+        )
     return {
         "seconds": statistics.median(seconds() for _ in range(repeats)),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
+
+
+def _is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
