@@ -106,7 +106,9 @@ def test_glm_with_shared_layers_matches_transformers(tmp_path, pattern):
     for i in full:
         assert sets(ours[f"layer{i}.topk"]) == sets(selected[i])
     for i in range(layers - 1):  # the last hidden state of transformers is normalised
-        np.testing.assert_allclose(ours[f"layer{i}.out"], output.hidden_states[i + 1].numpy(), rtol=0, atol=5e-5)
+        np.testing.assert_allclose(
+            ours[f"layer{i}.out"], output.hidden_states[i + 1].numpy(), rtol=0, atol=5e-5
+        )
     np.testing.assert_allclose(ours["logits"], output.logits.numpy(), rtol=0, atol=5e-5)
 
 
