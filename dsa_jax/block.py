@@ -4,10 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dsa_jax.cache import Keys, Placement, store
+from dsa_jax.cache import Keys, LayerIndex, Placement, store
 from dsa_jax.config import ModelConfig
 from dsa_jax.index_loss import Target, index_loss
-from dsa_jax.mla import PER_KEY, Mla, attend, compress
+from dsa_jax.mla import PER_KEY, Mla, attend, compress, select_keys
 from dsa_jax.moe import Ffn, Moe, moe, swiglu
 from dsa_jax.norm import rms_norm
 from dsa_jax.rope import Rotation
@@ -19,35 +19,45 @@ CAPTURABLE = (
 
 
 class Block(nn.Module):
-    """x += attn(norm(x)); x += ffn(norm(x)), where ffn is a MoE (``is_moe``) or a dense SwiGLU."""
+    """x += attn(norm(x)); x += ffn(norm(x)), where ffn is a MoE (``is_moe``) or a dense SwiGLU.
+
+    A layer without an indexer reads the keys that an earlier layer selected.
+    """
 
     config: ModelConfig
     is_moe: bool
+    has_indexer: bool = True
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
         cached: Keys | None,
-        layer: jax.Array,
+        selected: jax.Array | None,
+        layer: LayerIndex,
         rotation: Rotation,
         placement: Placement,
         capture: tuple[str, ...] = (),
-    ) -> tuple[jax.Array, Keys | None, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, Keys | None, jax.Array | None, dict[str, jax.Array]]:
         """One layer on x [B T D].
 
         Args:
-          cached: the cache's keys of all layers, or None; this layer reads and writes those of index ``layer``.
+          cached: the cache's keys of all layers, or None; this layer reads and writes its own, those at ``layer``.
+          selected: [B T K], the keys that the queries read in place of the layer's own selection; a layer without an
+            indexer reads all visible keys if it is None.
           capture: names out of ``CAPTURABLE``.
 
         Returns:
-          x [B T D], ``cached`` with the keys of the new tokens, and aux: "expert_load" [E] and "balance" of a MoE,
-          "index_loss" with ``config.index_loss``, and the captured arrays.
+          x [B T D]; ``cached`` with the keys of the new tokens; the keys that were read, or None for all visible ones;
+          and aux: "expert_load" [E] and "balance" of a MoE, "index_loss" of a layer that selects, with
+          ``config.index_loss``, and the captured arrays.
         """
         c = self.config
         attn_norm = self.param("attn_norm", nn.initializers.ones, (c.d_model,), jnp.float32)
         ffn_norm = self.param("ffn_norm", nn.initializers.ones, (c.d_model,), jnp.float32)
-        attn = gathered("attn", Mla(c, name="attn")())
+        attn = gathered("attn", Mla(c, self.has_indexer, name="attn")())
+        selects = self.has_indexer and selected is None
+        learns = c.index_loss and selects
         block_input = x
 
         with jax.named_scope("attention"):
@@ -58,13 +68,15 @@ class Block(nn.Module):
                     store, in_axes=(all_layers, (), PER_KEY[:2], PER_KEY), out_axes=(all_layers, PER_KEY)
                 )
                 cached, keys = put(cached, layer, placement.slots, keys)
-            wanted = capture
-            if c.index_loss:
-                wanted += ("lse", "topk_indices") if c.attention == "sparse" else ("lse",)
-            attention, aux = attend(queries, keys, attn, c, wanted)
-        if c.index_loss:
+            aux: dict[str, jax.Array] = {}
+            if selects:
+                wanted = (*capture, "topk_indices") if learns else capture
+                selected, aux = select_keys(queries, keys, attn, c, wanted)
+            attention, lse = attend(queries, keys, selected, attn, c, with_lse=learns)
+        if learns:
+            assert lse is not None  # with_lse
             with jax.named_scope("index_loss"):
-                target = Target(aux["lse"], aux.get("topk_indices"))
+                target = Target(lse, selected)
                 loss, kl = index_loss(queries, keys, target, placement.valid, attn, c)
             aux = {name: value for name, value in (aux | {"index_kl": kl}).items() if name in capture}
             aux["index_loss"] = loss
@@ -80,4 +92,4 @@ class Block(nn.Module):
                 y = swiglu(h, gathered("ffn", Ffn(c, c.d_ff, name="ffn")()))
         x = x + y
         stream = {"input": block_input, "attn": attention, "ffn": y, "out": x}
-        return x, cached, aux | {name: array for name, array in stream.items() if name in capture}
+        return x, cached, selected, aux | {name: array for name, array in stream.items() if name in capture}

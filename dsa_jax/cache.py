@@ -24,7 +24,7 @@ class Keys(NamedTuple):
     """The keys of one layer: latent [B S C], k_rope [B S R] and index_k [B S J]; of all layers: [L B S ...].
 
     latent: the compressed keys and values of all heads. k_rope: the rotated key, which all heads share.
-    index_k: the indexer's key.
+    index_k: the indexer's key; None for a layer without one, and [full layers, B S J] of all layers.
     """
 
     latent: Any
@@ -61,7 +61,7 @@ class Queries:
 
 @flax.struct.dataclass
 class Cache:
-    """latent [L B S C], k_rope [L B S R], index_k [L B S J]; segment_ids [B S], 0 = empty; length [B].
+    """latent [L B S C], k_rope [L B S R], index_k [full layers B S J]; segment_ids [B S], 0 = empty; length [B].
 
     ``length`` is the slot that the row's next token takes. Padding after the last token of a call does not advance
     it and is overwritten by the next call; padding before a token keeps its slot, which stays empty.
@@ -82,6 +82,16 @@ class Cache:
     def capacity(self) -> int:
         """Slots per row."""
         return self.segment_ids.shape[1]
+
+
+class LayerIndex(NamedTuple):
+    """Where the cache holds the keys of one layer: latent and k_rope at ``layer``, index_k at ``full``.
+
+    full: the number of full layers up to and with this one, less 1.
+    """
+
+    layer: Any
+    full: Any
 
 
 @flax.struct.dataclass
@@ -109,11 +119,11 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, n_layers: int | N
         raise ValueError(
             f"cache capacity must be within 1 .. max_seq_len={config.max_seq_len}, got {capacity}"
         )
-    shape, dtype = (n_layers or config.n_layers, batch, capacity), jnp.dtype(config.dtype)
+    layers, shape, dtype = n_layers or config.n_layers, (batch, capacity), jnp.dtype(config.dtype)
     return Cache(
-        latent=jnp.zeros((*shape, config.kv_lora_rank), dtype),
-        k_rope=jnp.zeros((*shape, config.qk_rope_head_dim), dtype),
-        index_k=jnp.zeros((*shape, config.index_head_dim), dtype),
+        latent=jnp.zeros((layers, *shape, config.kv_lora_rank), dtype),
+        k_rope=jnp.zeros((layers, *shape, config.qk_rope_head_dim), dtype),
+        index_k=jnp.zeros((n_layers or len(config.full_layers), *shape, config.index_head_dim), dtype),
         segment_ids=jnp.zeros((batch, capacity), jnp.int32),
         length=jnp.zeros((batch,), jnp.int32),
     )
@@ -146,16 +156,20 @@ def place(segment_ids: Int[Array, "B T"], cache: Cache | None) -> tuple[Placemen
     return placement, cache
 
 
-def store(cached: Keys, layer: Int[Array, ""], slots: Int[Array, "B T"], new: Keys) -> tuple[Keys, Keys]:
+def store(cached: Keys, index: LayerIndex, slots: Int[Array, "B T"], new: Keys) -> tuple[Keys, Keys]:
     """Writes one layer's keys of T new tokens ([B T ...]); slots past the capacity are dropped.
 
     Returns the keys of all layers, and those of this layer [B S ...].
     """
     rows = jnp.arange(slots.shape[0])[:, None]
-    cached = jax.tree.map(lambda old, x: old.at[layer, rows, slots].set(x, mode="drop"), cached, new)
-    return cached, jax.tree.map(
-        lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), cached
-    )
+    of_layer = new._asdict()
+    at = {"latent": index.layer, "k_rope": index.layer, "index_k": index.full}
+    for name, x in of_layer.items():
+        if x is not None:
+            written = getattr(cached, name).at[at[name], rows, slots].set(x, mode="drop")
+            cached = cached._replace(**{name: written})
+            of_layer[name] = jax.lax.dynamic_index_in_dim(written, at[name], keepdims=False)
+    return cached, Keys(**of_layer)
 
 
 def _run_starts(segment_ids: jax.Array) -> jax.Array:

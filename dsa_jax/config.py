@@ -114,6 +114,10 @@ class ModelConfig:
       and kv_norm, and in the indexer's LayerNorm.
     mtp_hidden: whether the MTP layer reads the hidden state after or before the final norm.
     mtp_shared_embeddings: whether it uses the model's embedding and head; the released checkpoint has its own.
+    mtp_reuses_selection: whether it may draft further tokens with the keys that it selected for the first one
+      (``Transformer.mtp_logits``; GLM-5.2's index_share_for_mtp_iteration).
+    indexer_types: per main layer "full", or "shared" for a layer without an indexer, which reads the keys that the last
+      full layer before it selected (GLM-5.2's IndexShare, arXiv 2603.12201). None: all are full. The MTP layer is.
     fp8: how stored weights are quantised; it does not change the arithmetic.
     attention: "window" reads the most recent index_topk keys, as a control for the indexer's selection.
     attention_form: expanded or absorbed heads; "auto" picks the faster one (``attention_form.prefers_mha``).
@@ -157,6 +161,8 @@ class ModelConfig:
     n_mtp_layers: int = 0
     mtp_shared_embeddings: bool = False
     mtp_hidden: Literal["post_norm", "pre_norm"] = "post_norm"
+    mtp_reuses_selection: bool = False
+    indexer_types: tuple[str, ...] | None = None
     init_std: float = 0.02
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -183,6 +189,7 @@ class ModelConfig:
         if self.n_mtp_layers > 1:
             raise ValueError(f"n_mtp_layers must be 0 or 1, got {self.n_mtp_layers}")
         self._check_experts()
+        self._check_indexers()
         if self.qk_rope_head_dim % 2:
             raise ValueError(
                 f"qk_rope_head_dim must be even (RoPE rotates pairs), got {self.qk_rope_head_dim}"
@@ -228,6 +235,28 @@ class ModelConfig:
                 f"{experts // groups}, got {self.n_activated_experts} > {limited * (experts // groups)}"
             )
 
+    def _check_indexers(self) -> None:
+        if (types := self.indexer_types) is None:
+            return
+        if not isinstance(types, tuple) or (wrong := set(types) - {"full", "shared"}):
+            shown = types if not isinstance(types, tuple) else sorted(map(str, wrong))
+            raise ValueError(f'indexer_types must be a tuple of "full" and "shared", or None, got {shown!r}')
+        if len(types) != self.n_layers:
+            raise ValueError(
+                f"indexer_types must have one entry for each of n_layers={self.n_layers} layers, got {len(types)}"
+            )
+        if types[0] != "full":
+            raise ValueError(
+                'indexer_types must begin with "full", got "shared": before the first layer there is no selection '
+                "to share"
+            )
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """The main layers that have an indexer; the others read what the last one before them selected."""
+        types = self.indexer_types or ("full",) * self.n_layers
+        return tuple(layer for layer, kind in enumerate(types) if kind == "full")
+
     @property
     def qk_head_dim(self) -> int:
         """Width of a query or key head, P + R."""
@@ -254,12 +283,13 @@ class ModelConfig:
         attention = self.q_lora_rank * (width + 1 + heads * self.qk_head_dim)
         attention += width * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank
         attention += self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
-        attention += heads * self.v_head_dim * width + indexer
+        attention += heads * self.v_head_dim * width
         dense = attention + 2 * width + 3 * width * self.d_ff
         moe = attention + 2 * width + (width + 1) * self.n_routed_experts
         moe += 3 * width * self.d_expert * (self.n_routed_experts + self.n_shared_experts)
-        mtp = moe + 3 * width + 2 * width * width + (0 if self.mtp_shared_embeddings else 2 * vocab)
+        mtp = indexer + moe + 3 * width + 2 * width * width + (0 if self.mtp_shared_embeddings else 2 * vocab)
         main = 2 * vocab + width + self.n_dense_layers * dense + self.n_moe_layers * moe
+        main += len(self.full_layers) * indexer
         return main + self.n_mtp_layers * mtp
 
 
@@ -285,6 +315,15 @@ def glm5(**changes: Any) -> ModelConfig:
         n_activated_experts=8, n_expert_groups=1, n_limited_groups=1, route_scale=2.5, max_seq_len=202752,
         norm_eps=1e-5, latent_norm_eps=1e-6, rope_theta=1e6, index_rope_interleaved=True, n_mtp_layers=1,
         eos_token_ids=(154820, 154827, 154829), pad_token_id=154820,
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def glm52(**changes: Any) -> ModelConfig:
+    """GLM-5.2 (bfloat16 release): GLM-5 with a longer context, and an indexer in 21 of its 78 layers."""
+    config = glm5(
+        max_seq_len=1048576, rope_theta=8e6, mtp_shared_embeddings=True, mtp_reuses_selection=True,
+        indexer_types=("full", "full", *("full", "shared", "shared", "shared") * 19),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 

@@ -29,7 +29,7 @@ from pallas_kernels.blocking import join_queries, split_queries
 
 
 class Target(NamedTuple):
-    """What ``mla.attend`` captured: the log-sum-exp of each head, and the keys it is over (None: all visible ones)."""
+    """What ``mla.attend`` computed: the log-sum-exp of each head, and the keys it is over (None: all visible ones)."""
 
     lse: Float[Array, "B T N"]
     topk_indices: Int[Array, "B T K"] | None

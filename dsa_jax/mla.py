@@ -39,16 +39,17 @@ WEIGHTS_OF_HEADS = {"wq_b": (None, "heads"), "wkv_b": (None, "heads"), "wo": ("h
 
 
 class Mla(nn.Module):
-    """Declares the parameters of one attention layer, which ``compress`` and ``attend`` read."""
+    """Declares the parameters of one attention layer, which ``compress``, ``select_keys`` and ``attend`` read."""
 
     config: ModelConfig
+    has_indexer: bool = True
 
     @nn.compact
     def __call__(self) -> Parameters:
         c = self.config
         normal, dtype = nn.initializers.normal(c.init_std), jnp.dtype(c.param_dtype)
         kv_head_dim = c.qk_nope_head_dim + c.v_head_dim
-        return {
+        parameters = {
             "wq_a": self.param("wq_a", normal, (c.d_model, c.q_lora_rank), dtype),
             "q_norm": self.param("q_norm", nn.initializers.ones, (c.q_lora_rank,), jnp.float32),
             "wq_b": self.param("wq_b", normal, (c.q_lora_rank, c.n_heads * c.qk_head_dim), dtype),
@@ -56,8 +57,8 @@ class Mla(nn.Module):
             "kv_norm": self.param("kv_norm", nn.initializers.ones, (c.kv_lora_rank,), jnp.float32),
             "wkv_b": self.param("wkv_b", normal, (c.kv_lora_rank, c.n_heads * kv_head_dim), dtype),
             "wo": self.param("wo", normal, (c.n_heads * c.v_head_dim, c.d_model), dtype),
-            "indexer": Indexer(c, name="indexer")(),
         }
+        return parameters | ({"indexer": Indexer(c, name="indexer")()} if self.has_indexer else {})
 
 
 def compress(
@@ -80,53 +81,69 @@ def compress(
     if config.kv_fp8:
         latent = fake_quantize(latent)
     k_rope = rotate_interleaved(kv[..., config.kv_lora_rank :], rotation)
-    keys = Keys(latent, k_rope, index_keys(hidden, rotation, parameters["indexer"], config))
+    indexer = parameters.get("indexer")
+    keys = Keys(latent, k_rope, None if indexer is None else index_keys(hidden, rotation, indexer, config))
     return Queries(hidden, q_compressed, rotation, placement.key_start, placement.key_stop), keys
 
 
-def attend(
+def select_keys(
     queries: Queries,
     keys: Keys,
     parameters: Parameters,
     config: ModelConfig,
     capture: tuple[str, ...] = (),
-) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
-    """Attention output for T queries over S keys, and those of "index_scores", "topk_indices", "lse" in ``capture``.
+) -> tuple[Int[Array, "B T K"] | None, dict[str, jax.Array]]:
+    """The keys that a layer's indexer selects for T queries out of S keys; None: its queries read all visible keys.
 
-    Selection runs over ``config.query_block`` queries at a time, and in the MQA form so does all work per query and
-    head. Memory therefore grows neither with T x S nor with T x N x C. When no query can see more than ``index_topk``
-    keys, all visible keys are selected and no score is computed.
+    Selection runs over ``config.query_block`` queries at a time, so memory does not grow with T x S. When no query can
+    see more than ``index_topk`` keys, all visible keys are selected and no score is computed, unless ``capture`` names
+    "index_scores" or "topk_indices", which are then in the dict that is returned.
     """
     T, S = queries.hidden.shape[1], keys.latent.shape[1]
     captured = {"index_scores", "topk_indices"} & set(capture)
+    if config.attention != "sparse" or not (S > config.index_topk or captured):
+        return None, {}
+    per_query = ("batch", "queries", None)
+    selection = shard_map(
+        partial(select, config=config, with_scores="index_scores" in captured, split_over=query_axes(T)),
+        in_axes=(Queries.axes("queries"), PER_KEY, ()),
+        out_axes=(per_query, per_query),
+    )
+    selected, scores = selection(queries, keys.index_k, parameters["indexer"])
+    selected = checkpoint_name(selected, "topk_indices")
+    found = {"index_scores": scores, "topk_indices": selected}
+    return selected, {name: array for name, array in found.items() if name in captured}
 
-    selected: jax.Array | None = None
-    aux: dict[str, jax.Array] = {}
-    if config.attention == "sparse" and (S > config.index_topk or captured):
-        per_query = ("batch", "queries", None)
-        selection = shard_map(
-            partial(select, config=config, with_scores="index_scores" in captured, split_over=query_axes(T)),
-            in_axes=(Queries.axes("queries"), PER_KEY, ()),
-            out_axes=(per_query, per_query),
-        )
-        selected, scores = selection(queries, keys.index_k, parameters["indexer"])
-        selected = checkpoint_name(selected, "topk_indices")
-        found = {"index_scores": scores, "topk_indices": selected}
-        aux = {name: array for name, array in found.items() if name in captured}
 
+def attend(
+    queries: Queries,
+    keys: Keys,
+    selected: Int[Array, "B T K"] | None,
+    parameters: Parameters,
+    config: ModelConfig,
+    with_lse: bool = False,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T N"] | None]:
+    """Attention output for T queries over S keys, and the log-sum-exp of each head if ``with_lse``.
+
+    In the MQA form all work per query and head runs over ``config.query_block`` queries at a time, so memory does not
+    grow with T x N x C.
+
+    Args:
+      selected: the keys that each query reads, from ``select_keys`` of this layer or of an earlier one; None: all
+        visible ones.
+    """
     per_query = ("batch", "sequence", None)
     attention = shard_map(
-        partial(attend_heads, config=config, with_lse="lse" in capture),
+        partial(attend_heads, config=config, with_lse=with_lse),
         in_axes=(Queries.axes("sequence"), per_query, PER_KEY, WEIGHTS_OF_HEADS),
         out_axes=(PartialSum(per_query, over=("heads",)), ("batch", "sequence", "heads")),
     )
-    out, lse = attention(
+    return attention(
         dataclasses.replace(queries, hidden=None),
         selected,
         keys._replace(index_k=None),
         {name: parameters[name] for name in WEIGHTS_OF_HEADS},
     )
-    return out, aux if lse is None else aux | {"lse": lse}
 
 
 def attend_heads(

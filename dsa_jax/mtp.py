@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.block import Block
-from dsa_jax.cache import Keys, Placement
+from dsa_jax.cache import Keys, LayerIndex, Placement
 from dsa_jax.config import ModelConfig
 from dsa_jax.linear import linear
 from dsa_jax.norm import rms_norm
@@ -42,13 +42,18 @@ class Mtp(nn.Module):
         hidden: jax.Array,
         embedded: jax.Array,
         cached: Keys | None,
+        selected: jax.Array | None,
         rotation: Rotation,
         placement: Placement,
         capture: tuple[str, ...] = (),
     ) -> tuple[jax.Array, Keys | None, dict[str, jax.Array]]:
-        """hidden, embedded [B T D] -> (normalised output [B T D], the cache's keys, aux of the block)."""
+        """hidden, embedded [B T D] -> (normalised output [B T D], the cache's keys, aux of the block).
+
+        selected: as for ``Block``.
+        """
         eps = self.config.norm_eps
         pair = [rms_norm(embedded, self.embed_norm, eps), rms_norm(hidden, self.hidden_norm, eps)]
         x = linear(jnp.concatenate(pair, axis=-1), gathered_matrix("mtp.proj", self.proj))
-        x, cached, aux = self.layer(x, cached, jnp.int32(0), rotation, placement, capture)
+        index = LayerIndex(layer=jnp.int32(0), full=jnp.int32(0))
+        x, cached, _, aux = self.layer(x, cached, selected, index, rotation, placement, capture)
         return rms_norm(x, self.norm, eps), cached, aux

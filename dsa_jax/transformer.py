@@ -9,14 +9,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsa_jax.block import CAPTURABLE, Block
-from dsa_jax.cache import Cache, Keys, Placement, place
+from dsa_jax.cache import Cache, Keys, LayerIndex, Placement, place
 from dsa_jax.config import ModelConfig
+from dsa_jax.layers import Stack, scans, stacks
 from dsa_jax.mtp import Mtp
 from dsa_jax.norm import rms_norm
 from dsa_jax.rope import Rotation, rotation
 from dsa_jax.sharding import constrain, gathered_matrix, lookup
 
 Aux = dict[str, jax.Array]
+Carry = tuple[jax.Array, Keys | None]  # x [B T D], and the cache's keys of all layers
 
 
 class Positions(NamedTuple):
@@ -42,10 +44,8 @@ class Transformer(nn.Module):
         self.embed = self.param("embed", normal, (c.vocab_size, c.d_model), dtype)
         self.norm = self.param("norm", nn.initializers.ones, (c.d_model,), jnp.float32)
         self.head = self.param("head", normal, (c.d_model, c.vocab_size), dtype)
-        if c.n_dense_layers:
-            self.dense_layers = Block(c, is_moe=False)
-        if c.n_moe_layers:
-            self.moe_layers = Block(c, is_moe=True)
+        for stack in stacks(c):
+            setattr(self, stack.name, Block(c, stack.is_moe, stack.has_indexer))
         if c.n_mtp_layers:
             self.mtp = Mtp(c)
 
@@ -80,8 +80,8 @@ class Transformer(nn.Module):
             "hidden" [B T D]: what ``mtp_logits`` reads ("final_hidden", or its input: ``config.mtp_hidden``)
             "expert_load" [n_moe_layers E]: valid tokens per expert
             "balance" [n_moe_layers]: ``moe.balance_loss``
-            "index_loss" [L], with ``config.index_loss``: the index loss L_I, summed over the valid tokens
-            and the captured arrays, [L B T ...].
+            "index_loss" [full layers], with ``config.index_loss``: the index loss L_I, summed over the valid tokens
+            and the captured arrays, [L B T ...]; those of the indexer [full layers B T ...].
 
         Raises:
           ValueError: shapes contradict each other, ``capture`` names something unknown or not computed by this
@@ -95,12 +95,15 @@ class Transformer(nn.Module):
         # Every product with a weight takes padding too, and its gradient: 0 adds nothing, whatever the token holds.
         valid = shared.placement.valid[..., None]
         x = jnp.where(valid, lookup(self.embed, tokens, c.dtype), 0)
-        keys = None if cache is None else cache.keys
+        carry: Carry = (x, None if cache is None else cache.keys)
 
         auxes: list[Aux] = []
-        for block, layers in self._stacks():
-            x, keys, aux = self._scan(block, layers, (x, keys), shared, capture)
+        n_full = 0
+        for scan in scans(c):
+            carry, aux = self._scan(scan, n_full, carry, shared, capture)
             auxes.append(aux)
+            n_full += len(scan[0].layers)
+        x, keys = carry
 
         final = rms_norm(x, self.norm, c.norm_eps)
         aux = {
@@ -125,6 +128,7 @@ class Transformer(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
         *,
+        selected: jax.Array | None = None,
         capture: tuple[str, ...] = (),
         return_logits: bool = True,
     ) -> tuple[jax.Array | None, Cache | None, Aux]:
@@ -135,25 +139,31 @@ class Transformer(nn.Module):
           next_tokens: [B T] int32, the token that follows each position.
           positions, segment_ids, capture, return_logits: as for the main model; position i is that of hidden i.
           cache: the MTP layer's own, ``init_cache(config, B, capacity, n_layers=1)``.
+          selected: [B T K], slots of the cache (-1 = none) that the layer reads in place of its own selection; for a
+            model with ``mtp_reuses_selection``, when it drafts a further token: the row of "topk_indices", captured
+            with its first draft, from which that draft was made. Neither scores nor top-k are computed then.
 
         Returns:
           logits [B T V] float32 or None, the cache, and the layer's aux with "hidden" and "final_hidden" [B T D],
           here the same: the output of the layer's norm.
 
         Raises:
-          ValueError: the model has no MTP layer, or as for the main model.
+          ValueError: the model has no MTP layer; ``selected`` has another shape, or is given to a model without
+            ``mtp_reuses_selection`` or for training; or as for the main model.
         """
         c = self.config
         if not c.n_mtp_layers:
             raise ValueError("mtp_logits needs a model with n_mtp_layers=1, got n_mtp_layers=0")
         _check_capture(capture, c)
         shared, new_cache = self._place(next_tokens, positions, segment_ids, cache)
+        if selected is not None:
+            _check_reused(selected, next_tokens, capture, c)
         owner = self if c.mtp_shared_embeddings else self.mtp
         keys = None if cache is None else cache.keys
         valid = shared.placement.valid[..., None]
         hidden = jnp.where(valid, hidden.astype(c.dtype), 0)
         embedded = jnp.where(valid, lookup(owner.embed, next_tokens, c.dtype), 0)
-        out, keys, aux = self.mtp(hidden, embedded, keys, *shared, capture)
+        out, keys, aux = self.mtp(hidden, embedded, keys, selected, *shared, capture)
         new_cache = _with_keys(new_cache, keys)
         aux |= {"hidden": out, "final_hidden": _nan_if_full(out, new_cache)}
         if not return_logits:
@@ -183,41 +193,56 @@ class Transformer(nn.Module):
         positions = placement.positions if positions is None else positions
         return Positions(rotation(positions, self.config), placement), cache
 
-    def _stacks(self) -> list[tuple[Block, range]]:
-        """The stacks of equal layers in order, each as one block and the numbers of its layers."""
-        c, stacks = self.config, []
-        if c.n_dense_layers:
-            stacks.append((self.dense_layers, range(c.n_dense_layers)))
-        if c.n_moe_layers:
-            stacks.append((self.moe_layers, range(c.n_dense_layers, c.n_layers)))
-        return stacks
-
     def _scan(
-        self,
-        block: Block,
-        layers: range,
-        carry: tuple[jax.Array, Keys | None],
-        shared: Positions,
-        capture: tuple[str, ...],
-    ) -> tuple[jax.Array, Keys | None, Aux]:
-        """Scans one stack of equal layers. The cache's keys are in the carry, so that they are updated in place."""
+        self, scan: tuple[Stack, ...], n_full: int, carry: Carry, shared: Positions, capture: tuple[str, ...]
+    ) -> tuple[Carry, Aux]:
+        """Runs the layers of one scan. The cache's keys are in the carry, so that they are updated in place.
+
+        n_full: the full layers before it.
+        """
 
         def one_layer(
-            block: Block, carry: tuple[jax.Array, Keys | None], layer: jax.Array
-        ) -> tuple[tuple[jax.Array, Keys | None], Aux]:
+            block: Block, carry: Carry, selected: jax.Array | None, index: LayerIndex
+        ) -> tuple[Carry, jax.Array | None, Aux]:
             # Without the barrier, XLA would compute masks before the loop over layers, because all layers share
             # them: whole, T x S for each head.
             here = lax.optimization_barrier((shared, lax.stop_gradient(carry[0])))[0]
-            x, keys, aux = block(*carry, layer, *here, capture)
-            return (constrain(x, "batch", "sequence", None), keys), aux
+            x, keys, selected, aux = block(*carry, selected, index, *here, capture)
+            return (constrain(x, "batch", "sequence", None), keys), selected, aux
 
         if self.config.remat == "layer":
             policy = jax.checkpoint_policies.save_only_these_names("topk_indices", "index_gradients")
             one_layer = nn.remat(one_layer, prevent_cse=False, policy=policy)
-        n = len(layers)
-        scan = nn.scan(one_layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=n)
-        (x, keys), aux = scan(block, carry, layers.start + jnp.arange(n, dtype=jnp.int32))
-        return x, keys, aux
+
+        def one_step(
+            first: Block, carry: Carry, step: LayerIndex, others: tuple[Block, ...]
+        ) -> tuple[Carry, list[Aux]]:
+            selected, auxes = None, []
+            for i, block in enumerate((first, *others)):
+                index = LayerIndex(layer=step.layer + i, full=step.full)
+                carry, selected, aux = one_layer(block, carry, selected, index)
+                auxes.append(aux)
+            return carry, auxes
+
+        first, *others = (getattr(self, stack.name) for stack in scan)
+        layers = scan[0].layers
+        n, numbers = len(layers), jnp.arange(len(layers), dtype=jnp.int32)
+        steps = LayerIndex(layer=layers.start + layers.step * numbers, full=n_full + numbers)
+        run = nn.scan(one_step, variable_axes={"params": 0}, split_rngs={"params": True}, length=n)
+        carry, auxes = run(first, carry, steps, tuple(others))
+        return carry, _in_order(auxes)
+
+
+def _in_order(auxes: list[Aux]) -> Aux:
+    """The aux of several stacks [steps ...], whose layers alternate, as one in the order of the layers."""
+
+    def merged(arrays: list[jax.Array]) -> jax.Array:
+        if len(arrays) == 1:
+            return arrays[0]
+        return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+
+    names = dict.fromkeys(name for aux in auxes for name in aux)
+    return {name: merged([aux[name] for aux in auxes if name in aux]) for name in names}
 
 
 def _check_capture(capture: tuple[str, ...], config: ModelConfig) -> None:
@@ -229,6 +254,22 @@ def _check_capture(capture: tuple[str, ...], config: ModelConfig) -> None:
         raise ValueError(
             f"capture of {sorted(unavailable)} needs attention='sparse', got {config.attention!r}"
         )
+
+
+def _check_reused(
+    selected: jax.Array, tokens: jax.Array, capture: tuple[str, ...], config: ModelConfig
+) -> None:
+    if not config.mtp_reuses_selection or config.index_loss or config.attention != "sparse":
+        raise ValueError(
+            "selected needs a model with mtp_reuses_selection=True, index_loss=False and attention='sparse', got "
+            f"{config.mtp_reuses_selection}, {config.index_loss} and {config.attention!r}"
+        )
+    if selected.ndim != 3 or selected.shape[:2] != tokens.shape:
+        raise ValueError(
+            f"selected must be [B T K] with [B T] of the tokens {tokens.shape}, got {selected.shape}"
+        )
+    if reused := {"index_scores", "topk_indices"} & set(capture):
+        raise ValueError(f"with selected nothing is computed to capture {sorted(reused)} from")
 
 
 def _logits(x: jax.Array, head: jax.Array) -> jax.Array:

@@ -215,6 +215,7 @@ def from_json(values: dict[str, Any]) -> Run:
     model["yarn"] = model["yarn"] and YarnConfig(**model["yarn"])
     model["fp8"] = model["fp8"] and Fp8Config(**{**model["fp8"], "block": tuple(model["fp8"]["block"])})
     model["eos_token_ids"] = tuple(model["eos_token_ids"])
+    model["indexer_types"] = model.get("indexer_types") and tuple(model["indexer_types"])
     sources = [
         Source(**{**source, "options": tuple((name, value) for name, value in source["options"])})
         for source in values["data"]
@@ -236,7 +237,10 @@ def contradictions(stored: dict[str, Any], run: Run) -> list[str]:
 
     Stages added after the stored ones are no contradiction.
     """
-    now = to_json(run)
+    stored, now = (
+        to_json(from_json(stored)),
+        to_json(run),
+    )  # fields that an older version did not have: defaults
     now["stages"] = now["stages"][: len(stored["stages"])]
     found = differences(stored, now)
     return [f"{name}: then {x!r}, now {y!r}" for name, x, y in found if name.split(".")[0] not in MAY_CHANGE]

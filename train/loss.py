@@ -102,9 +102,10 @@ def loss_fn(params: Any, batch: Batch, config: ModelConfig, stage: Stage) -> tup
     """The scalar that the stage minimises, and its parts.
 
     batch: tokens, targets (the next token, -1 = none) and segment_ids (0 = padding), all [B T] int32.
-    Cross entropies are means over the targets. Index losses are means over the valid tokens, summed over the layers.
+    Cross entropies are means over the targets. Index losses are means over the valid tokens, summed over the layers
+    that have an indexer.
 
-    Metrics: "ce" and "mtp" [nats per target], "balance", "index_kl" [layers, MTP's last; nats per token],
+    Metrics: "ce" and "mtp" [nats per target], "balance", "index_kl" [full layers, MTP's last; nats per token],
     "expert_load" [MoE layers, MTP's last; E] in tokens.
     """
     config = switched(config, stage)

@@ -6,11 +6,13 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsa_jax.config import ModelConfig
+from dsa_jax.layers import stacks
 from dsa_jax.sharding import param_shardings
 from train.config import Stage
 from train.lora import adapted
@@ -64,7 +66,7 @@ def train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
     new = optax.apply_updates(trained, updates)
     if stage.trains != "indexer":
-        rest = move_router_bias(rest, metrics["expert_load"], stage.bias_step)
+        rest = move_router_bias(rest, metrics["expert_load"], stage.bias_step, config)
 
     norms = {
         name: optax.tree.norm({path: g for path, g in gradients.items() if group_of(path) == group})
@@ -89,19 +91,19 @@ def train_step(
     return new_state, metrics
 
 
-def move_router_bias(flat: Flat, load: jax.Array, bias_step: float) -> Flat:
+def move_router_bias(flat: Flat, load: jax.Array, bias_step: float, config: ModelConfig) -> Flat:
     """Adds ``bias_step`` to the bias of an expert below the batch's mean load, and subtracts it above.
 
     load: [MoE layers, E], the MTP layer's last. Source: DeepSeek-V3 report, section 2.1.2.
     """
     load = load.astype(jnp.float32)
     direction = jnp.sign(load.mean(-1, keepdims=True) - load)
+    rows = {s.name: np.array(s.layers) - config.n_dense_layers for s in stacks(config) if s.is_moe}
     moved = dict(flat)
     for path, bias in flat.items():
         if group_of(path) == "router_bias":
-            moved[path] = bias + bias_step * (
-                direction[-1] if ".mtp." in path else direction[: bias.shape[0]]
-            )
+            stack = path.split(".")[1]  # "params.moe_layers.ffn.gate_bias"
+            moved[path] = bias + bias_step * direction[-1 if stack == "mtp" else rows[stack]]
     return moved
 
 

@@ -21,8 +21,10 @@ V32_INDEXER: dict[str, Any] = {"index_n_heads": 64, "index_head_dim": 128, "inde
 def add_indexer_keys(values: dict[str, Any]) -> dict[str, Any]:
     """config.json of a dense model -> that of the same model with an indexer in every layer.
 
-    Indexer keys that it already has are kept.
+    Indexer keys that it already has are kept. Of the model type glm_moe_dsa, they may say that layers share one.
     """
+    if values.get("model_type") == "glm_moe_dsa":
+        return V32_INDEXER | values
     return V32_INDEXER | values | {
         "model_type": "deepseek_v32",
         "architectures": ["DeepseekV32ForCausalLM"],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_jax.checkpoint.hf_config_values import (
+    read_indexer_types,
     read_integer,
     read_number,
     read_object,
@@ -101,7 +102,7 @@ def from_hf(values: Mapping[str, Any], *, ignore: Iterable[str] = (), **switches
     Both RoPE spellings are read (rope_theta + rope_scaling, and rope_parameters). ignore: unknown keys to
     accept; those that an earlier conversion accepted are listed under "dsa_jax_ignore" and accepted too. Raises
     ValueError for missing, unknown or contradictory keys and for values that this
-    model does not support, NotImplementedError for layers that share an indexer (GLM-5.2's IndexShare).
+    model does not support.
     """
     values = dict(values)
     ignore = tuple(ignore)
@@ -118,6 +119,7 @@ def from_hf(values: Mapping[str, Any], *, ignore: Iterable[str] = (), **switches
         field: read_number(key, values.get(key, _OPTIONAL.get(key))) for key, field in _FLOAT_KEYS.items()
     }
     _refuse_unsupported(values)
+    n_mtp_layers = read_integer("num_nextn_predict_layers", values.get("num_nextn_predict_layers") or 0)
     theta, yarn = read_rope(values)
     eos = values.get("eos_token_id")
     fields |= dict(
@@ -127,7 +129,9 @@ def from_hf(values: Mapping[str, Any], *, ignore: Iterable[str] = (), **switches
         index_rope_interleaved=values.get(
             "indexer_rope_interleave", _INDEXER_INTERLEAVED[values["model_type"]]
         ),
-        n_mtp_layers=read_integer("num_nextn_predict_layers", values.get("num_nextn_predict_layers") or 0),
+        n_mtp_layers=n_mtp_layers,
+        mtp_reuses_selection=values.get("index_share_for_mtp_iteration") or False,
+        indexer_types=read_indexer_types(values, fields["n_layers"], n_mtp_layers),
         bos_token_id=values.get("bos_token_id"),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         pad_token_id=values.get("pad_token_id"),
@@ -150,7 +154,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The config.json of a config, in the released spelling; from_hf reads it back to the same architecture.
 
     model_type follows the indexer's RoPE: transformers' glm_moe_dsa is the class that interleaves it.
-    Raises ValueError for an eps that config.json has no key for.
+    Raises ValueError for an eps that config.json has no key for, and for layers that share an indexer in a model that
+    is not glm_moe_dsa: no other class of transformers knows them.
     """
     for name in ("latent_norm_eps", "index_norm_eps"):
         if (eps := getattr(config, name)) != 1e-6:
@@ -177,9 +182,27 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
     if interleaved:
         values["indexer_rope_interleave"] = True
+    if config.mtp_reuses_selection:
+        values["index_share_for_mtp_iteration"] = True
+    if len(config.full_layers) < config.n_layers:
+        values |= _write_indexer_types(config)
     if config.fp8:
         values["quantization_config"] = write_quantization(config.fp8)
     return values
+
+
+def _write_indexer_types(config: ModelConfig) -> dict[str, Any]:
+    """Which layers share an indexer: transformers reads the list, vLLM the pattern, and SGLang either."""
+    types = config.indexer_types or ()
+    if not config.index_rope_interleaved:
+        raise ValueError(
+            "indexer_types with shared layers needs index_rope_interleaved=True, which is written as model_type "
+            "glm_moe_dsa: transformers' deepseek_v32 has an indexer in every layer"
+        )
+    return {
+        "indexer_types": list(types),
+        "index_topk_pattern": "".join("F" if kind == "full" else "S" for kind in types),
+    }
 
 
 def with_ignored(values: Mapping[str, Any], ignore: Iterable[str]) -> dict[str, Any]:
@@ -252,7 +275,6 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
     layers, n_dense = values["num_hidden_layers"], values["first_k_dense_replace"]
     derived = {
         "num_key_value_heads": values["num_attention_heads"],
-        "head_dim": values["qk_rope_head_dim"],
         "qk_head_dim": values["qk_nope_head_dim"] + values["qk_rope_head_dim"],
         "mlp_layer_types": ["dense"] * n_dense + ["sparse"] * (layers - n_dense),
     }
@@ -263,14 +285,15 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
         raise ValueError(
             f"config.json: layer_types must be {layers} times {' or '.join(_LAYER_TYPES)}, got {kinds!r}"
         )
-    types = values.get("indexer_types") or values.get("index_topk_pattern") or ()
-    if values.get("index_topk_freq") not in (None, 0, 1) or any(kind not in ("full", "F") for kind in types):
-        raise NotImplementedError(
-            "only an indexer in every layer is implemented, config.json lets layers reuse another's: "
-            f"index_topk_freq={values.get('index_topk_freq')}, indexer_types={list(types)}"
+    # transformers overwrites head_dim by the width that it rotates; GLM-5.2 writes the width that it does not.
+    widths = [values["qk_rope_head_dim"], values["qk_nope_head_dim"]]
+    if (width := values.get("head_dim")) is not None and width not in widths:
+        raise ValueError(
+            f"config.json: head_dim must be {widths[0]} or {widths[1]}, as qk_rope_head_dim and qk_nope_head_dim, "
+            f"got {width!r}"
         )
-    if values.get("index_share_for_mtp_iteration"):
-        raise NotImplementedError("config.json: index_share_for_mtp_iteration is not implemented, got True")
-    for key in ("indexer_rope_interleave", "norm_topk_prob"):
+    if values.get("index_share_for_mtp_iteration", False) is None:
+        del values["index_share_for_mtp_iteration"]
+    for key in ("indexer_rope_interleave", "norm_topk_prob", "index_share_for_mtp_iteration"):
         if key in values and not isinstance(values[key], bool):
             raise ValueError(f"config.json: {key} must be true or false, got {values[key]!r}")

@@ -16,6 +16,55 @@ _MODULES = {"modules_to_not_convert", "modules_to_convert", "ignored_layers"}
 _LARGEST = {"num_hidden_layers": 9_999, "first_k_dense_replace": 9_999, "n_routed_experts": 99_999}
 
 
+_PATTERN = {"F": "full", "S": "shared"}
+
+
+def read_indexer_types(values: dict[str, Any], n_layers: int, n_mtp_layers: int) -> tuple[str, ...] | None:
+    """Which layers have an indexer ("full") and which share the last one's selection; None when all have one.
+
+    As in transformers, indexer_types decides, then index_topk_pattern, then index_topk_freq and
+    index_skip_topk_offset. Entries for the MTP layers may follow; these have an indexer.
+    Raises ValueError for a list of another length, other entries, and shared layers of another model than glm_moe_dsa.
+    """
+    types = _stated_types(values, n_layers)
+    main, mtp = types[:n_layers], types[n_layers:]
+    if len(main) < n_layers or len(mtp) > n_mtp_layers or "shared" in mtp:
+        raise ValueError(
+            f"config.json: indexer_types or index_topk_pattern must have an entry for each of {n_layers} layers, and "
+            f'at most {n_mtp_layers} more, "full", for the MTP layer, got {len(types)} ending in {types[-1:]}'
+        )
+    if "shared" not in main:
+        return None
+    if values["model_type"] != "glm_moe_dsa":
+        raise ValueError(
+            "config.json: only layers of the model_type glm_moe_dsa share an indexer (indexer_types, "
+            f"index_topk_pattern, index_topk_freq), got {values['model_type']!r}"
+        )
+    return tuple(main)
+
+
+def _stated_types(values: dict[str, Any], n_layers: int) -> list[str]:
+    for key in ("indexer_types", "index_topk_pattern"):
+        types = values.get(key)
+        if types is None:
+            continue
+        if key == "index_topk_pattern" and isinstance(types, str):
+            types = [_PATTERN.get(kind, kind) for kind in types]
+        if not isinstance(types, list) or any(kind not in _PATTERN.values() for kind in types):
+            letters = "" if key == "indexer_types" else ", or a string of F and S"
+            raise ValueError(
+                f'config.json: {key} must be a list of "full" and "shared"{letters}, got {values[key]!r}'
+            )
+        return types
+    numbers = {"index_topk_freq": 1, "index_skip_topk_offset": 2}
+    for key in numbers:
+        if values.get(key) is not None:
+            numbers[key] = read_integer(key, values[key])
+    every, offset = max(numbers["index_topk_freq"], 1), numbers["index_skip_topk_offset"]
+    # Full up to layer offset - 1, then every layer whose distance to it is a multiple of the frequency.
+    return ["shared" if max(i - (offset - 1), 0) % every else "full" for i in range(n_layers)]
+
+
 def read_object(values: dict[str, Any], key: str) -> dict[str, Any]:
     """A copy of the object under the key, {} for null or none. Raises ValueError for anything else."""
     value = values.get(key)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.fp8.e4m3 import BLOCK
+from dsa_jax.layers import stacks
 
 SCALE_SUFFIX = "_scale_inv"
 """Appended to the name of an FP8 tensor: its block scales (float32, multiplied despite the name)."""
@@ -27,6 +28,8 @@ _ATTENTION = (
     ("self_attn.kv_a_layernorm.weight", "attn/kv_norm", "C", "BF16"),
     ("self_attn.kv_b_proj.weight", "attn/wkv_b", "keys_and_values C", "FP8 T"),
     ("self_attn.o_proj.weight", "attn/wo", "D values", "FP8 T"),
+)
+_INDEXER = (
     ("self_attn.indexer.wq_b.weight", "attn/indexer/wq_b", "index_queries Q", "FP8 T"),
     ("self_attn.indexer.wk.weight", "attn/indexer/wk", "J D", "FP8 T"),
     ("self_attn.indexer.k_norm.weight", "attn/indexer/k_norm/scale", "J", "F32"),
@@ -118,20 +121,16 @@ def tensor_table(config: ModelConfig) -> dict[str, TensorRow]:
 def _expanded(config: ModelConfig) -> dict[str, TensorRow]:
     sizes = _sizes(config)
     table = _expand(_TOP, "", "", sizes)
-    for layer in range(config.n_layers):
-        dense = layer < config.n_dense_layers
+    places = {layer: (stack, i) for stack in stacks(config) for i, layer in enumerate(stack.layers)}
+    for layer, (stack, i) in sorted(places.items(), key=lambda place: place[0]):
+        kinds = _ATTENTION + (_INDEXER if stack.has_indexer else ()) + (_MOE if stack.is_moe else _DENSE)
         table |= _expand(
-            _ATTENTION + (_DENSE if dense else _MOE),
-            layer_prefix(layer),
-            "dense_layers/" if dense else "moe_layers/",
-            sizes,
-            index=(layer if dense else layer - config.n_dense_layers,),
-            stack=(config.n_dense_layers if dense else config.n_moe_layers,),
+            kinds, layer_prefix(layer), f"{stack.name}/", sizes, index=(i,), stack=(len(stack.layers),)
         )
     if config.n_mtp_layers:
         prefix = layer_prefix(config.n_layers)
         shared = _SHARED_BY_MTP if config.mtp_shared_embeddings else {}
-        table |= _expand(_ATTENTION + _MOE, prefix, "mtp/layer/", sizes)
+        table |= _expand(_ATTENTION + _INDEXER + _MOE, prefix, "mtp/layer/", sizes)
         table |= _expand(_MTP, prefix, "", sizes, shared=shared)
     return table
 

@@ -136,6 +136,8 @@ def load_orbax_config(path: Path, **switches: Any) -> ModelConfig:
             f"{path / METADATA_FILE}: config has unknown fields {', '.join(wrong)}; update dsa-jax"
         )
     values["eos_token_ids"] = tuple(values["eos_token_ids"])
+    if values.get("indexer_types") is not None:
+        values["indexer_types"] = tuple(values["indexer_types"])
     if values["yarn"] is not None:
         values["yarn"] = YarnConfig(**values["yarn"])
     if values["fp8"] is not None:

@@ -6,8 +6,8 @@ the two gate keys:
 
     input_ids              [B T]     token ids
     logits                 [B T V]   float32
-    layer{i}.index_scores  [B T S]   float32, -inf where query t may not see key s
-    layer{i}.topk          [B T K]   key indices, a set per row; -1 and keys not visible count as absent
+    layer{i}.index_scores  [B T S]   float32, -inf where query t may not see key s; of layers with an indexer
+    layer{i}.topk          [B T K]   key indices, a set per row; -1 and keys not visible count as absent; likewise
     layer{i}.gate_i        [B*T A]   selected experts, a set per row
     layer{i}.gate_w        [B*T A]   their weights
     layer{i}.attn, .mlp    [B T D]   what attention and the feed-forward part add to the residual stream
@@ -114,8 +114,9 @@ def run_ours(params: Any, config: ModelConfig, tokens: np.ndarray) -> dict[str, 
         "ffn": "mlp",
         "out": "out",
     }
-    for i in range(config.n_layers):
-        arrays |= {f"layer{i}.{kind}": aux[name][i] for name, kind in kinds.items()}
+    for name, kind in kinds.items():
+        layers = config.full_layers if kind in ("index_scores", "topk") else range(config.n_layers)
+        arrays |= {f"layer{i}.{kind}": array for i, array in zip(layers, aux[name], strict=True)}
     for i in range(config.n_moe_layers):
         layer, width = i + config.n_dense_layers, config.n_activated_experts
         arrays[f"layer{layer}.gate_i"] = aux["experts"][i].reshape(-1, width)

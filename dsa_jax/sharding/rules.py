@@ -29,7 +29,8 @@ Axes = tuple[str | None, ...]
 FSDP = ("fsdp", "fsdp_of_experts")
 """Logical axes that are gathered before a parameter is used."""
 
-# Every parameter; a leading axis of stacked layers is never sharded.
+# Every parameter; a leading axis of stacked layers is never sharded. "dense_layers" and "moe_layers" also stand for
+# "dense_layers_2" and the like (``dsa_jax.layers``).
 _FEED_FORWARD: dict[str, Axes] = {"w_gate": ("fsdp", "ff"), "w_up": ("fsdp", "ff"), "w_down": ("ff", "fsdp")}
 LAYER: dict[str, Axes] = {
     "attn_norm": (None,),
@@ -157,7 +158,7 @@ def axes_of_parameter(path: str, shape: tuple[int, ...]) -> Axes:
     name, adapter = (found[2], found[1] == "lora") if found else (path, False)
     if adapter:
         name, factor = name.rsplit(".", 1)
-    axes = PARAMETERS.get(name)
+    axes = PARAMETERS.get(re.sub(r"^(dense_layers|moe_layers)_\d+\.", r"\1.", name))
     if axes is None:
         raise ValueError(f"parameter {path} {shape} has no row in dsa_jax.sharding.rules.PARAMETERS; add one")
     if adapter:

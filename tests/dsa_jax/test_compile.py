@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsa_jax.cache import init_cache, place
 from dsa_jax.config import deepseek_v32, tiny
-from dsa_jax.mla import Mla, attend, compress
+from dsa_jax.mla import Mla, attend, compress, select_keys
 from dsa_jax.rope import rotation
 from dsa_jax.transformer import Transformer
 from pallas_kernels import grouped_matmul
@@ -91,7 +91,8 @@ def attention_layer(config):
         placement, _ = place(jnp.ones(x.shape[:2], jnp.int32), None)
         rope = rotation(placement.positions, config)
         queries, keys = compress(x, rope, placement, parameters, config)
-        return attend(queries, keys, parameters, config)[0]
+        selected, _ = select_keys(queries, keys, parameters, config)
+        return attend(queries, keys, selected, parameters, config)[0]
 
     return layer, jax.eval_shape(Mla(config).init, jax.random.key(0))["params"]
 

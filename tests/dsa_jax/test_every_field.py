@@ -80,6 +80,19 @@ def mtp_logits(config: ModelConfig) -> np.ndarray:
     return np.asarray(jax.jit(both)(parameters))
 
 
+def takes_a_selection(config: ModelConfig) -> bool:
+    """Whether the MTP layer may read keys that it selected before."""
+    hidden, selected = jnp.zeros((1, 24, config.d_model)), jnp.zeros((1, 24, 4), jnp.int32)
+    model = Transformer(config)
+    run = functools.partial(model.apply, selected=selected, method="mtp_logits")
+    try:
+        jax.eval_shape(run, _parameters(), hidden, TOKENS)
+    except ValueError as error:
+        assert "mtp_reuses_selection" in str(error)
+        return False
+    return True
+
+
 def outputs(config: ModelConfig) -> list[str]:
     """What the model returns beside its logits."""
     return sorted(jax.eval_shape(Transformer(config).apply, _parameters(), TOKENS)[2])
@@ -140,6 +153,8 @@ MODEL: dict[str, tuple[Any, Any]] = {
     "index_norm_eps": (1.0, (logits, "index_norm_eps must be 1e-6")),
     "mtp_shared_embeddings": (True, (shapes, dtypes)),
     "mtp_hidden": ("pre_norm", (mtp_logits,)),
+    "mtp_reuses_selection": (True, (takes_a_selection, exported)),
+    "indexer_types": (("full", "shared"), (shapes, dtypes, "needs index_rope_interleaved=True")),
     "init_std": (0.1, (initial, exported)),
     "bos_token_id": (3, (exported,)),
     "eos_token_ids": ((1, 3), (exported,)),

@@ -8,7 +8,7 @@ import pytest
 from dsa_jax import Transformer, load_config, load_params, write_hf
 from dsa_jax.cache import place
 from dsa_jax.indexer import index_keys, index_queries
-from dsa_jax.mla import attend, compress
+from dsa_jax.mla import attend, compress, select_keys
 from dsa_jax.norm import rms_norm
 from dsa_jax.rope import rotation
 from tests.dsa_jax.models import config_of, params_of, tokens_of
@@ -40,7 +40,8 @@ def test_attend_with_a_layer_of_a_checkpoint_gives_what_the_model_gives(checkpoi
         hidden = rms_norm(x, parameters["attn_norm"], config.norm_eps)
         rope = rotation(placement.positions, config)
         queries, keys = compress(hidden, rope, placement, parameters["attn"], config)
-        out, found = attend(queries, keys, parameters["attn"], config, captured)
+        selected, found = select_keys(queries, keys, parameters["attn"], config, captured)
+        out, _ = attend(queries, keys, selected, parameters["attn"], config)
 
         indexer = parameters["attn"]["indexer"]
         q, weights = index_queries(queries, indexer, config)

@@ -164,7 +164,7 @@ def test_the_bias_falls_for_busy_experts_and_rises_for_idle_ones():
     load = jnp.asarray(
         [[8, 0, 4, 4], [1, 2, 3, 10], [0, 0, 0, 16]]
     )  # mean 4 in every layer; the MTP layer last
-    moved = move_router_bias(flat, load, 0.01)
+    moved = move_router_bias(flat, load, 0.01, dataclasses.replace(CONFIG, n_layers=3))
     main = [[0.49, 0.51, 0.5, 0.5], [0.01, 0.01, 0.01, -0.01]]
     np.testing.assert_allclose(moved["params.moe_layers.ffn.gate_bias"], main, rtol=1e-6)
     np.testing.assert_allclose(moved["params.mtp.layer.ffn.gate_bias"], [0.01, 0.01, 0.01, -0.01], rtol=1e-6)
@@ -176,7 +176,7 @@ def test_the_step_moves_each_bias_by_the_rule():
     load = jax.jit(loss_fn, static_argnums=(2, 3))(before.params, BATCH, CONFIG, STAGES["dense"])[1][
         "expert_load"
     ]
-    expected = move_router_bias(flat(before.params), load, 0.01)
+    expected = move_router_bias(flat(before.params), load, 0.01, CONFIG)
     for path in paths("router_bias"):
         assert same_bits(flat(after.params)[path], expected[path]), path
         assert set(np.abs(np.asarray(expected[path])).ravel().tolist()) <= {0.0, np.float32(0.01)}

@@ -48,7 +48,7 @@ def estimate(job: Job, sizes: dict[str, int]) -> Estimate:
     tokens = job.batch / (data * expert) * max(job.queries / context, 1)  # per device
     gathered = tokens * expert
     keys = job.batch / (data * expert) * job.seq_len
-    latent = (c.kv_lora_rank + c.qk_rope_head_dim + c.index_head_dim) * 2
+    latent = (c.kv_lora_rank + c.qk_rope_head_dim + c.index_head_dim * len(c.full_layers) / c.n_layers) * 2
     experts = 3 * c.d_model * c.d_expert * c.n_routed_experts * (c.n_moe_layers + c.n_mtp_layers)
     rest = c.param_count() - experts
 

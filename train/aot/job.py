@@ -14,7 +14,7 @@ import jax
 from dsa_jax.checkpoint import from_hf, load_config
 from dsa_jax.checkpoint.files import read_json_object
 from dsa_jax.checkpoint.hf_config import file_named
-from dsa_jax.config import ModelConfig, deepseek_v32, glm5, tiny
+from dsa_jax.config import ModelConfig, deepseek_v32, glm5, glm52, tiny
 from dsa_jax.sharding import AXES, check_mesh, make_mesh
 from train.aot.chips import CHIPS, Chip
 from train.aot.options import Options
@@ -23,7 +23,7 @@ from train.loss import switched
 from train.measure.flops import forward_flops, training_flops
 from train.private_jax import get_topology_desc
 
-CONFIGS = {"deepseek-v3.2": deepseek_v32, "glm-5": glm5, "tiny": tiny}
+CONFIGS = {"deepseek-v3.2": deepseek_v32, "glm-5": glm5, "glm-5.2": glm52, "tiny": tiny}
 STAGES = {"train": sparse(1000, lr=1e-5, index_lr=1e-5), "warmup": indexer_warmup(1000)}
 
 
@@ -124,6 +124,7 @@ def read_job(options: Options) -> Job:
         config,
         n_layers=layers,
         n_dense_layers=min(config.n_dense_layers, layers),
+        indexer_types=config.indexer_types and config.indexer_types[:layers],
         n_mtp_layers=config.n_mtp_layers if training else 0,
         max_seq_len=max(config.max_seq_len, options.seq_len),
         param_dtype=options.param_dtype,

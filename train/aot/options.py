@@ -21,7 +21,7 @@ class Options:
     """
 
     config: str = "deepseek-v3.2"
-    """deepseek-v3.2, glm-5 or tiny; or a config.json, or the folder of a checkpoint."""
+    """deepseek-v3.2, glm-5, glm-5.2 or tiny; or a config.json, or the folder of a checkpoint."""
     topology: str
     """CHIP:SHAPE. v5e:4x4, v5p:8x8x16, v6e:16x16 and tpu7x:4x4x8 count chips (a tpu7x is two devices). h200:8
     simulates eight GPUs on this CPU; memory is then the CPU compiler's plan."""

@@ -21,6 +21,7 @@ import pallas_kernels as kernels
 from dsa_jax.cache import Keys, Placement, Queries, place
 from dsa_jax.config import ModelConfig
 from dsa_jax.indexer import index_queries
+from dsa_jax.layers import stacks
 from dsa_jax.mla import PER_KEY, compress, expand, query_heads
 from dsa_jax.norm import rms_norm
 from dsa_jax.rope import Rotation, rotation
@@ -140,8 +141,8 @@ def indexer_quality(params: Parameters, config: ModelConfig, batch: Batch) -> li
     means over the queries that see more than K = ``config.index_topk`` keys; the others have nothing to select.
 
     Returns:
-      One dict per layer. The MTP layer is last, with ``layer == config.n_layers``; there the last query of each
-      document, which has no next token, is left out. In nats per query:
+      One dict per layer that has an indexer. The MTP layer is last, with ``layer == config.n_layers``; there the last
+      query of each document, which has no next token, is left out. In nats per query:
         kl           KL(p || softmax of the index scores)
         entropy      H(p), the cross entropy that is left when kl is 0
         kl_uniform   KL(p || equal weights for all visible keys) = log(visible keys) - entropy
@@ -160,9 +161,10 @@ def indexer_quality(params: Parameters, config: ModelConfig, batch: Batch) -> li
     """
     means = jax.device_get(_quality(params, _inference(config, None), batch["tokens"], batch["segment_ids"]))
     queries = means.pop("queries")
+    numbers = [*config.full_layers, config.n_layers]
     layers = [
-        {"layer": layer, "queries": int(n)} | {name: float(mean[layer]) for name, mean in means.items()}
-        for layer, n in enumerate(queries)
+        {"layer": numbers[i], "queries": int(n)} | {name: float(mean[i]) for name, mean in means.items()}
+        for i, n in enumerate(queries)
         if n
     ]
     for found in layers:
@@ -176,21 +178,22 @@ def indexer_quality(params: Parameters, config: ModelConfig, batch: Batch) -> li
 def _quality(
     params: Parameters, config: ModelConfig, tokens: jax.Array, segment_ids: jax.Array
 ) -> dict[str, jax.Array]:
-    """Name -> mean per layer [L], the MTP layer last; "queries" is the number of queries counted."""
+    """Name -> mean per full layer, the MTP layer last; "queries" is the number of queries counted."""
     placement, _ = place(segment_ids, None)
     rope = rotation(placement.positions, config)
     tree, run = params["params"], functools.partial(Transformer(config).apply, params, return_logits=False)
     _, _, main = run(tokens, segment_ids=segment_ids, capture=("input",))
 
-    stacks = [tree[name] for name in ("dense_layers", "moe_layers") if name in tree]
-    layers = [{name: stack[name] for name in ("attn", "attn_norm")} for stack in stacks]
+    with_indexer = [tree[stack.name] for stack in stacks(config) if stack.has_indexer]
+    layers = [{name: stack[name] for name in ("attn", "attn_norm")} for stack in with_indexer]
+    inputs = main["input"] if config.indexer_types is None else main["input"][np.array(config.full_layers)]
 
     def one_layer(layer: tuple[jax.Array, Parameters]) -> dict[str, jax.Array]:
         x, parameters = layer
         return _layer_quality(x, rope, placement, placement.valid, parameters, config)
 
     stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *layers)
-    means = jax.lax.map(one_layer, (main["input"], stacked))
+    means = jax.lax.map(one_layer, (inputs, stacked))
     if not config.n_mtp_layers:
         return {name: constrain(mean, None) for name, mean in means.items()}
     next_tokens, next_ids = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, segment_ids))

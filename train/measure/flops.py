@@ -7,7 +7,8 @@ blocked kernel multiplies and then masks, and recomputation in the backward pass
 ``dsa_jax.config``, per token and layer:
 
     projections   2 (D Q + Q N (P+R) + D (C+R) + C N (P+H) + N H D)    expanding the latent and absorbing cost the same
-    indexer       2 (Q I J + D J + D I) + 2 I J (T+1)/2                only for sparse attention with T > K
+    indexer       2 (Q I J + D J + D I) + 2 I J (T+1)/2                only for sparse attention with T > K, and not in
+                                                                       layers that share another's selection
     attention     2 N (P+R+H) (T+1)/2                                  expanded heads (MHA), for any selection
                   2 N (2C+R) mean(min(K, t+1))                         absorbed heads (MQA) over the selected latents
                   (dense MQA: (T+1)/2 keys; a window: min(K, t+1) keys in both forms)
@@ -39,6 +40,7 @@ def forward_flops(config: ModelConfig, length: int, *, mtp: bool = False) -> Flo
     head = 2.0 * config.d_model * config.vocab_size
     attention, (dense, moe) = _attention_layer(config, length), _feed_forward(config)
     parts = {name: config.n_layers * value for name, value in attention.items()}
+    parts["indexer"] = len(config.full_layers) * attention["indexer"]
     parts["feed_forward"] = config.n_dense_layers * dense + config.n_moe_layers * moe
     parts["head"] = head
     if mtp:
@@ -72,8 +74,8 @@ def training_flops(
         if has_mtp:
             trained["mtp"] += per_layer - 2.0 * layer["indexer"]
         parts |= trained
-    parts["indexer"] += config.n_layers * index["indexer"]
-    parts["index_kl"] = config.n_layers * index["index_kl"]
+    parts["indexer"] += len(config.full_layers) * index["indexer"]
+    parts["index_kl"] = len(config.full_layers) * index["index_kl"]
     return parts
 
 

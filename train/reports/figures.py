@@ -56,13 +56,16 @@ def index_kl(record: Record) -> Figure | None:
         for line in record.evaluations
         for layer in line.get("indexer") or []
     }
-    n_layers = max([values.shape[1] if values.ndim == 2 else 0, *(layer + 1 for layer in evaluated)])
-    if not n_layers:
+    n_trained = values.shape[1] if values.ndim == 2 else 0
+    trained = {record.indexer_layer(index): values[:, index] for index in range(n_trained)}
+    layers = sorted({*trained, *evaluated})
+    if not layers:
         return None
-    figure, panels = _panels(n_layers)
-    for layer, axes in panels:
-        if values.ndim == 2 and layer < values.shape[1]:
-            _draw_by_stage(axes, record, steps, values[:, layer], "training, all queries", BLUE)
+    figure, panels = _panels(len(layers))
+    for index, axes in panels:
+        layer = layers[index]
+        if layer in trained:
+            _draw_by_stage(axes, record, steps, trained[layer], "training, all queries", BLUE)
         points = evaluated.get(layer, [])
         at = [step for step, _ in points]
         marks: list[tuple[str, str, dict[str, Any]]] = [

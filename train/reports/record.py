@@ -33,6 +33,12 @@ class Record:
     def layer_name(self, layer: int) -> str:
         return "MTP layer" if layer == self.config["model"]["n_layers"] else f"layer {layer}"
 
+    def indexer_layer(self, index: int) -> int:
+        """Number of the layer at entry ``index`` of a list over the layers that have an indexer, the MTP layer last."""
+        if (types := self.config["model"].get("indexer_types")) is None:
+            return index
+        return [layer for layer, kind in enumerate([*types, "full"]) if kind == "full"][index]
+
     def moe_layer_name(self, index: int) -> str:
         """Name of entry ``index`` in a list over the MoE layers."""
         return self.layer_name(index + self.config["model"]["n_dense_layers"])

@@ -184,20 +184,6 @@ def test_glm_without_index_sharing_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "sharing",
-    [
-        dict(index_topk_freq=4, index_skip_topk_offset=3),
-        dict(indexer_types=["full", "full", "shared", "shared"]),
-        dict(index_topk_pattern="FFSS"),
-        dict(index_share_for_mtp_iteration=True),
-    ],
-)
-def test_layers_that_share_an_indexer_are_not_implemented(sharing) -> None:
-    with pytest.raises(NotImplementedError, match="implemented"):
-        from_hf(released(model_type="glm_moe_dsa", **sharing))
-
-
-@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("attention_bias", True),

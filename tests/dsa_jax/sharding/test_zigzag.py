@@ -67,7 +67,7 @@ def problem(config):
 
 
 def selection(config, n_queries=T, **switches):
-    """``select`` on the mesh in use, as ``attend`` calls it."""
+    """``select`` on the mesh in use, as ``select_keys`` calls it."""
     return shard_map(
         functools.partial(select, config=config, split_over=query_axes(n_queries), **switches),
         in_axes=(Queries.axes("queries"), ("batch", None, None), ()),
@@ -168,8 +168,9 @@ def test_attention_is_the_same_and_no_gradient_is_exchanged(monkeypatch):
     def loss(hidden, index_k, indexer):
         given = dataclasses.replace(queries, hidden=hidden)
         keys, parameters = Keys(latent, k_rope, index_k), heads | {"indexer": indexer}
-        out, aux = mla.attend(given, keys, parameters, config, ("topk_indices",))
-        return (out**2).sum(), (out, aux["topk_indices"])
+        selected, _ = mla.select_keys(given, keys, parameters, config)
+        out, _ = mla.attend(given, keys, selected, parameters, config)
+        return (out**2).sum(), (out, selected)
 
     gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
     with jax.set_mesh(make_mesh(context=4)):

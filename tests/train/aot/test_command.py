@@ -172,7 +172,7 @@ def test_the_operations_of_a_prompt_are_the_sum_of_its_chunks():
         (["--mesh", "context=8", "--seq-len", "60"], "the sequence length .* context=8, got 60; .*context=4"),
         (
             ["--config", "no-such-model"],
-            "--config must be one of deepseek-v3.2, glm-5, tiny, .* got 'no-such-model'",
+            "--config must be one of deepseek-v3.2, glm-5, glm-5.2, tiny, .* got 'no-such-model'",
         ),
         (["--batch", "0"], r"--batch must be at least 1 and below 2\*\*31, got 0"),
         (
