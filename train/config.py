@@ -24,6 +24,8 @@ class Stage:
     lr, index_lr: peak learning rates of the two groups, each of which has its own clip by global norm. The rates rise
     linearly over lr_warmup steps and, if lr_end is given, fall along a cosine to lr_end times the peak.
     mtp_weight, balance_weight: lambda and alpha of the DeepSeek-V3 report (sections 2.2, 2.1.2).
+    first_moment: dtype of Adam's first moment. bfloat16 saves a sixth of the state. The second moment is always
+    float32: with beta 0.95 most of its steps would be rounded away.
     bias_step: gamma, the step of the router's bias after each update, outside the optimizer.
     data_seed: stages with equal seeds see the same batches in the same order.
     """
@@ -38,6 +40,7 @@ class Stage:
     lr_end: float | None = None
     clip: float = 1.0
     weight_decay: float = 0.1
+    first_moment: Literal["float32", "bfloat16"] = "float32"
     mtp_weight: float = 0.3
     balance_weight: float = 1e-4
     bias_step: float = 1e-3
@@ -137,11 +140,12 @@ class MeshSpec:
 class Run:
     """A training run: stages in order, each starting from the parameters of the one before.
 
-    batch, seq_len: rows per step, on all devices together, and tokens per row. mesh: None is one device or, with
-    several processes, data parallelism over all devices. init_from: folder of a checkpoint (Hugging Face or Orbax)
-    to start from; ``model`` must have its sizes. any_tokenizer: text may have been made with another tokenizer than
-    that checkpoint's. checkpoint_every, log_every: in steps. keep: how many checkpoints are kept. eval_batches:
-    validation batches per evaluation, before the first stage and after each.
+    batch, seq_len: rows per step, on all devices together, and tokens per row. accumulate: in how many parts, one
+    after the other, a step takes its rows; more parts need less memory and give the same step up to rounding. mesh:
+    None is one device or, with several processes, data parallelism over all devices. init_from: folder of a checkpoint
+    (Hugging Face or Orbax) to start from; ``model`` must have its sizes. any_tokenizer: text may have been made with
+    another tokenizer than that checkpoint's. checkpoint_every, log_every: in steps. keep: how many checkpoints are
+    kept. eval_batches: validation batches per evaluation, before the first stage and after each.
     """
 
     model: ModelConfig
@@ -149,6 +153,7 @@ class Run:
     data: tuple[Source, ...]
     batch: int
     seq_len: int
+    accumulate: int = 1
     seed: int = 0
     init_from: str | None = None
     any_tokenizer: bool = False
@@ -163,9 +168,13 @@ class Run:
         check_numbers(self)
         if not self.stages or not self.data:
             raise ValueError(f"a run needs stages and data, got {len(self.stages)} and {len(self.data)}")
-        for name in ("batch", "seq_len", "checkpoint_every", "keep", "log_every"):
+        for name in ("batch", "seq_len", "accumulate", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"batch must be a multiple of accumulate, got {self.batch} rows in {self.accumulate} parts"
+            )
 
     def check_rows(self) -> None:
         """Raises ValueError for rows that are too long for the model, or too short to select keys from.
@@ -201,7 +210,9 @@ class Run:
 
 
 # What may change when a run is resumed.
-MAY_CHANGE = frozenset({"mesh", "any_tokenizer", "checkpoint_every", "keep", "log_every", "eval_batches"})
+MAY_CHANGE = frozenset(
+    {"mesh", "accumulate", "any_tokenizer", "checkpoint_every", "keep", "log_every", "eval_batches"}
+)
 
 
 def to_json(run: Run) -> dict[str, Any]:
@@ -235,12 +246,10 @@ def from_json(values: dict[str, Any]) -> Run:
 def contradictions(stored: dict[str, Any], run: Run) -> list[str]:
     """What differs between the run that wrote a checkpoint and this one, as "name: then X, now Y".
 
-    Stages added after the stored ones are no contradiction.
+    Stages added after the stored ones are no contradiction, and neither are fields that the stored run was written
+    without and that have their default values now.
     """
-    stored, now = (
-        to_json(from_json(stored)),
-        to_json(run),
-    )  # fields that an older version did not have: defaults
+    stored, now = to_json(from_json(stored)), to_json(run)
     now["stages"] = now["stages"][: len(stored["stages"])]
     found = differences(stored, now)
     return [f"{name}: then {x!r}, now {y!r}" for name, x, y in found if name.split(".")[0] not in MAY_CHANGE]

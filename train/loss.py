@@ -5,7 +5,7 @@ head, and never hold the logits of all tokens.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,23 +98,50 @@ def switched(config: ModelConfig, stage: Stage) -> ModelConfig:
     )
 
 
-def loss_fn(params: Any, batch: Batch, config: ModelConfig, stage: Stage) -> tuple[Float[Array, ""], Metrics]:
+class Counts(NamedTuple):
+    """What the losses of a batch are divided by; at least 1 each."""
+
+    targets: Any
+    later: Any  # targets of the MTP layer
+    tokens: Any  # that are no padding
+    mtp_tokens: Any  # of these, those that have a next token
+    rows: Any
+
+
+def counts_of(batch: Batch) -> Counts:
+    def count(where: jax.Array) -> jax.Array:
+        return jnp.maximum(where.sum(), 1)
+
+    targets, segment_ids = batch["targets"], batch["segment_ids"]
+    return Counts(
+        targets=count(targets >= 0),
+        later=count(after_next(targets, segment_ids) >= 0),
+        tokens=count(segment_ids != 0),
+        mtp_tokens=count(_mtp_inputs(batch)[1] != 0),
+        rows=jnp.int32(targets.shape[0]),
+    )
+
+
+def loss_fn(
+    params: Any, batch: Batch, config: ModelConfig, stage: Stage, counts: Counts | None = None
+) -> tuple[Float[Array, ""], Metrics]:
     """The scalar that the stage minimises, and its parts.
 
     batch: tokens, targets (the next token, -1 = none) and segment_ids (0 = padding), all [B T] int32.
+    counts: those of the batch that this one is a part of; its losses are then the parts' sums. None: its own.
     Cross entropies are means over the targets. Index losses are means over the valid tokens, summed over the layers
     that have an indexer.
 
     Metrics: "ce" and "mtp" [nats per target], "balance", "index_kl" [full layers, MTP's last; nats per token],
     "expert_load" [MoE layers, MTP's last; E] in tokens.
     """
-    config = switched(config, stage)
+    config, counts = switched(config, stage), counts or counts_of(batch)
     tokens, targets, segment_ids = batch["tokens"], batch["targets"], batch["segment_ids"]
     if stage.trains != "indexer":
         config = for_training(config, tokens.shape[1])
     model, tree = Transformer(config), params["params"]
     _, _, main = model.apply(params, tokens, segment_ids=segment_ids, return_logits=False)
-    parts = [_per_layer(main, segment_ids, config)]
+    parts = [_per_layer(main, counts.tokens, config)]
     if config.n_mtp_layers:
         next_tokens, mtp_ids = _mtp_inputs(batch)
         _, _, mtp = model.apply(
@@ -125,19 +152,19 @@ def loss_fn(params: Any, batch: Batch, config: ModelConfig, stage: Stage) -> tup
             method="mtp_logits",
             return_logits=False,
         )
-        parts.append(_per_layer(jax.tree.map(lambda x: x[None], mtp), mtp_ids, config))
+        parts.append(_per_layer(jax.tree.map(lambda x: x[None], mtp), counts.mtp_tokens, config))
     layers = {name: jnp.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     metrics: Metrics = {"expert_load": layers["expert_load"]}
     total = jnp.float32(0.0)
     if stage.trains != "indexer":
-        metrics["ce"] = _mean(cross_entropy(main["final_hidden"], tree["head"], targets), targets)
-        metrics["balance"] = layers["balance"].sum()
+        metrics["ce"] = cross_entropy(main["final_hidden"], tree["head"], targets) / counts.targets
+        metrics["balance"] = layers["balance"].sum() * (tokens.shape[0] / counts.rows)
         total += metrics["ce"] + stage.balance_weight * metrics["balance"]
         if config.n_mtp_layers:
             head = tree["head"] if config.mtp_shared_embeddings else tree["mtp"]["head"]
             later = after_next(targets, segment_ids)
-            metrics["mtp"] = _mean(cross_entropy(mtp["final_hidden"], head, later), later)
+            metrics["mtp"] = cross_entropy(mtp["final_hidden"], head, later) / counts.later
             total += stage.mtp_weight * metrics["mtp"]
     if config.index_loss:
         metrics["index_kl"] = layers["index_loss"]
@@ -146,14 +173,14 @@ def loss_fn(params: Any, batch: Batch, config: ModelConfig, stage: Stage) -> tup
     return total, metrics
 
 
-def _per_layer(aux: Metrics, segment_ids: jax.Array, config: ModelConfig) -> Metrics:
-    """From the model's aux, per layer: "expert_load" and "balance" of MoE layers, and the mean "index_loss"."""
+def _per_layer(aux: Metrics, n_tokens: jax.Array, config: ModelConfig) -> Metrics:
+    """From the model's aux, per layer: "expert_load" and "balance" of MoE layers, and "index_loss" per token."""
     found = {
         "expert_load": aux.get("expert_load", jnp.zeros((0, config.n_routed_experts), jnp.int32)),
         "balance": aux.get("balance", jnp.zeros(0)),
     }
     if config.index_loss:
-        found["index_loss"] = aux["index_loss"] / _count(segment_ids != 0)
+        found["index_loss"] = aux["index_loss"] / n_tokens
     return found
 
 
@@ -171,11 +198,3 @@ def after_next(targets: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> In
     same = segment_ids[:, 1:] == segment_ids[:, :-1]
     later = jnp.where(same, targets[:, 1:], -1)
     return jnp.pad(later, ((0, 0), (0, 1)), constant_values=-1)
-
-
-def _mean(total: jax.Array, targets: jax.Array) -> jax.Array:
-    return total / _count(targets >= 0)
-
-
-def _count(where: jax.Array) -> jax.Array:
-    return jnp.maximum(where.sum(), 1)

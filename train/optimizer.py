@@ -93,7 +93,13 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(stage.clip),
             optax.adamw(
-                schedule(peak, stage), b1=0.9, b2=0.95, eps=1e-8, weight_decay=stage.weight_decay, mask=mask
+                schedule(peak, stage),
+                b1=0.9,
+                b2=0.95,
+                eps=1e-8,
+                weight_decay=stage.weight_decay,
+                mask=mask,
+                mu_dtype=stage.first_moment,
             ),
         )
 

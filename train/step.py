@@ -1,6 +1,7 @@
 """One step: losses, gradients of what the stage trains, update, router bias."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -16,7 +17,7 @@ from dsa_jax.layers import stacks
 from dsa_jax.sharding import param_shardings
 from train.config import Stage
 from train.lora import adapted
-from train.loss import Batch, Metrics, loss_fn
+from train.loss import Batch, Counts, Metrics, counts_of, loss_fn
 from train.optimizer import Flat, group_of, join, make_optimizer, schedule, split
 
 
@@ -49,19 +50,28 @@ def begin_stage(step: jax.Array, params: Any, stage: Stage) -> TrainState:
 
 
 def train_step(
-    state: TrainState, batch: Batch, config: ModelConfig, stage: Stage, lora_scale: float = 0.0
+    state: TrainState,
+    batch: Batch,
+    config: ModelConfig,
+    stage: Stage,
+    lora_scale: float = 0.0,
+    accumulate: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """(next state, metrics). A step whose loss or gradient is not finite changes only the step count.
+
+    accumulate: the batch is taken in so many equal parts, one after the other. Losses, gradients, metrics and the
+    router's bias are those of the whole batch, up to rounding.
 
     Metrics: those of ``loss_fn``; "grad_norm" and "index_grad_norm" before clipping; "lr", "index_lr";
     "max_load_ratio" [MoE layers], the busiest expert's load over the mean load; and "finite".
     """
     trained, rest = split(state.params, stage)
 
-    def loss_of(trained: Flat) -> tuple[jax.Array, Metrics]:
-        return loss_fn(adapted(join(trained, rest), lora_scale), batch, config, stage)
+    def loss_of(trained: Flat, batch: Batch, counts: Counts | None) -> tuple[jax.Array, Metrics]:
+        return loss_fn(adapted(join(trained, rest), lora_scale), batch, config, stage, counts)
 
-    (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+    gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, metrics), gradients = _accumulated(gradient_of, trained, batch, accumulate)
     optimizer = make_optimizer(stage)
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
     new = optax.apply_updates(trained, updates)
@@ -91,6 +101,26 @@ def train_step(
     return new_state, metrics
 
 
+def _accumulated(gradient_of: Callable[..., Any], trained: Flat, batch: Batch, parts: int) -> Any:
+    """((loss, metrics), gradients) of the batch, in ``parts`` parts, with sums in float32.
+
+    Part m holds every ``parts``-th row from m on: where rows are spread over devices, each has its share of every part.
+    """
+    if parts == 1:
+        return gradient_of(trained, batch, None)
+    counts = counts_of(batch)
+    split_rows = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+
+    def add(sums: Any, part: Batch) -> tuple[Any, None]:
+        found = gradient_of(trained, part, counts)
+        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, found), None
+
+    shapes = jax.eval_shape(gradient_of, trained, jax.tree.map(lambda x: x[0], split_rows), counts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
+    sums, _ = jax.lax.scan(add, zeros, split_rows)
+    return jax.tree.map(lambda x, shape: x.astype(shape.dtype), sums, shapes)
+
+
 def move_router_bias(flat: Flat, load: jax.Array, bias_step: float, config: ModelConfig) -> Flat:
     """Adds ``bias_step`` to the bias of an expert below the batch's mean load, and subtracts it above.
 
@@ -109,7 +139,7 @@ def move_router_bias(flat: Flat, load: jax.Array, bias_step: float, config: Mode
 
 @functools.cache
 def compiled_step(
-    config: ModelConfig, stage: Stage, lora_scale: float, mesh: Mesh | None = None
+    config: ModelConfig, stage: Stage, lora_scale: float, mesh: Mesh | None = None, accumulate: int = 1
 ) -> jax.stages.Wrapped:
     """``train_step`` of this stage, (state, batch) -> (state, metrics), jitted once for all runs.
 
@@ -117,7 +147,7 @@ def compiled_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        new_state, metrics = train_step(state, batch, config, stage, lora_scale)
+        new_state, metrics = train_step(state, batch, config, stage, lora_scale, accumulate)
         if mesh is None:
             return new_state, metrics
         shardings = param_shardings(state, config, mesh), NamedSharding(mesh, P())

@@ -135,7 +135,7 @@ class _Trainer:
         """The stage's steps after the first ``done``."""
         run = self.run
         batches = training_batches(run, stage, start=data, rows=self.sharding.rows)
-        step_function = compiled_step(run.model, stage, lora_scale(run), self.sharding.mesh)
+        step_function = compiled_step(run.model, stage, lora_scale(run), self.sharding.mesh, run.accumulate)
         speed = _Speed(run, stage, self.ceiling)
         pending: list[Metrics] = []  # of the steps since the last report
         first_step = int(state.step) - done

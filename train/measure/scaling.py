@@ -53,7 +53,9 @@ def measure(run: Run, steps: int) -> dict[str, Any]:
         state = sharding.begin_stage(0, initial_params(run, sharding=sharding), stage)
         inputs = sharding.global_batch({name: rows[sharding.rows] for name, rows in batch.items()})
         begin = time.perf_counter()
-        step = compiled_step(run.model, stage, 0.0, sharding.mesh).lower(state, inputs).compile()
+        step = (
+            compiled_step(run.model, stage, 0.0, sharding.mesh, run.accumulate).lower(state, inputs).compile()
+        )
         compile_seconds = time.perf_counter() - begin
         plan, losses, took = step.memory_analysis(), [], []
         for _ in range(steps):
