@@ -168,9 +168,6 @@ class Run:
         check_numbers(self)
         if not self.stages or not self.data:
             raise ValueError(f"a run needs stages and data, got {len(self.stages)} and {len(self.data)}")
-        for name in ("batch", "seq_len", "accumulate", "checkpoint_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch % self.accumulate:
             raise ValueError(
                 f"batch must be a multiple of accumulate, got {self.batch} rows in {self.accumulate} parts"

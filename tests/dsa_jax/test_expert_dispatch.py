@@ -48,22 +48,23 @@ def run(T, bias, mesh=None):
 
 
 @pytest.mark.devices(4, 8)
-def test_a_broken_token_leaves_the_other_tokens_as_they_were():
-    """Not even through the empty places of the queues, which are read with a weight of 0."""
+def test_broken_tokens_leave_the_other_tokens_as_they_were():
+    """Not even through the places of other rounds, which are read with a weight of 0. One is first in its queue."""
     parameters, x = inputs(24)
-    broken = jnp.zeros(x.shape[:2], bool).at[0, 0].set(True).at[2, 5].set(True)[..., None]
+    parameters = parameters | {"gate_bias": jnp.asarray(BIAS["all on the first device"], jnp.float32)}
+    broken = np.array([True, False, True, False])  # rows: one on each device
 
     @jax.jit
     def run(x):
         y, pull = jax.vjp(lambda x: moe(x, jnp.ones(x.shape[:2], bool), parameters, CONFIG)[0], x)
-        return y, pull(jnp.where(broken, 0.0, 1.0).astype(y.dtype) * jnp.ones_like(y))[0]
+        return y, pull(jnp.where(broken[:, None, None], 0.0, jnp.ones_like(y)))[0]
 
     with jax.set_mesh(make_mesh(expert=2, tensor=2, devices=jax.devices()[:4])):
-        expected = jax.device_get(run(jnp.where(broken, 0.0, x)))
-        for value in (np.nan, np.inf):
-            found = jax.device_get(run(jnp.where(broken, value, x)))
-            for ours, theirs in zip(found, expected, strict=True):
-                np.testing.assert_array_equal(ours[~broken[..., 0]], theirs[~broken[..., 0]])
+        expected = jax.device_get(run(x))
+        found = jax.device_get(run(jnp.where(broken[:, None, None], 1e30, x)))  # their experts overflow
+    assert not np.isfinite(found[0][broken]).any()
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours[~broken], theirs[~broken], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.devices(4, 8)

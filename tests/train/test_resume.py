@@ -1,5 +1,6 @@
 """A run killed with SIGKILL resumes to the same bits as an uninterrupted run."""
 
+import dataclasses
 import random
 import signal
 import subprocess
@@ -7,9 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+import pytest
+from rich.console import Console
 
+from tests.train.small import small_run
+from train.config import dense
 from train.metrics import METRICS_FILE, read_lines
+from train.trainer import train
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 50
@@ -52,7 +59,7 @@ def curve(folder: Path) -> list[dict]:
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
-    step = random.randrange(8, STEPS)  # after the first checkpoint
+    step = random.randrange(1, STEPS)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(whole), whole)  # first, so that the others find the compilation cache filled
     victim = start(killed)
@@ -73,3 +80,29 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
         assert set(ours) == set(theirs) and len(ours) > 40
         different = [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
     assert not different, said
+
+
+def test_a_stage_resumed_in_the_middle_continues_with_the_batch_that_followed(tmp_path, monkeypatch):
+    seen: list[np.ndarray] = []
+    stop_at = None
+
+    def recorded(*of_stage):
+        def step(state, batch):
+            if len(seen) == stop_at:
+                raise InterruptedError
+            seen.append(np.asarray(batch["tokens"]))
+            metrics = {"finite": jnp.bool_(True), "loss": jnp.float32(0.0), "max_load_ratio": jnp.zeros(0)}
+            return dataclasses.replace(state, step=state.step + 1), metrics
+
+        return step
+
+    monkeypatch.setattr("train.trainer.compiled_step", recorded)
+    run, quiet = small_run(dense(9, lr=1e-3), checkpoint_every=4), Console(quiet=True)
+    train(run, tmp_path / "whole", quiet)
+    whole, seen, stop_at = seen, [], 6
+    with pytest.raises(InterruptedError):
+        train(run, tmp_path / "killed", quiet)
+    seen, stop_at = [], None
+    train(run, tmp_path / "killed", quiet)  # from the checkpoint of step 4
+    np.testing.assert_array_equal(seen, whole[4:])
+    assert len({batch.tobytes() for batch in whole}) == 9
