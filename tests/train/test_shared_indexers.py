@@ -170,7 +170,7 @@ def test_the_quality_of_an_indexer_is_reported_under_the_number_of_its_layer():
     kl = np.asarray(run(initial(), BATCH["tokens"], segment_ids=ids)[2]["index_kl"])
     counted = np.asarray(place(ids, None)[0].positions) >= CONFIG.index_topk
     for entry, of_queries in zip(quality, kl, strict=False):
-        np.testing.assert_allclose(entry["kl"], of_queries[counted].mean(), rtol=1e-4)
+        np.testing.assert_allclose(entry["kl"], of_queries[counted].mean(), rtol=1e-3, atol=1e-5)
 
     record = Record(
         name="", config={"model": to_json(small_run(model=CONFIG))["model"]}, metrics=[], evaluations=[]
