@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dsa_jax.cache import init_cache
+from dsa_jax.cache import init_cache, place
 from dsa_jax.checkpoint import load_params, write_hf
 from dsa_jax.checkpoint.fresh_indexer import FreshIndexer, add_indexer_keys
 from dsa_jax.checkpoint.hf_config import from_hf, to_hf
@@ -19,6 +19,9 @@ from dsa_jax.checkpoint.hf_reader import HfFolder
 from dsa_jax.checkpoint.names import leaf_shapes
 from dsa_jax.config import ModelConfig, deepseek_v32, glm52
 from dsa_jax.layers import scans, stacks
+from dsa_jax.mla import attend, compress
+from dsa_jax.norm import rms_norm
+from dsa_jax.rope import rotation
 from dsa_jax.sharding.rules import axes_of_parameter
 from dsa_jax.transformer import Transformer
 from tests.dsa_jax.test_transformer import abstract_params
@@ -97,10 +100,15 @@ def test_every_layer_is_in_one_stack_and_every_leaf_has_its_shape(types, n_dense
 
 def test_shared_layers_read_what_the_last_full_layer_selected():
     """A shared layer with the full layer's indexer, selecting for itself, reads other keys and gives other logits."""
-    captured = ("topk_indices", "index_scores", "out", "experts")
+    captured = ("topk_indices", "index_scores", "input", "attn", "out", "experts")
     logits, _, aux = run(capture=captured)(params(), TOKENS)
     assert aux["topk_indices"].shape == (3, 2, T, K) and aux["index_scores"].shape == (3, 2, T, T)
     assert aux["out"].shape[0] == 5 and aux["experts"].shape[0] == aux["expert_load"].shape[0] == 3
+
+    for layer in (2, 4):
+        last = sum(full < layer for full in CONFIG.full_layers) - 1
+        out = attention_of(layer, aux["input"][layer], aux["topk_indices"][last])
+        np.testing.assert_allclose(aux["attn"][layer], out, rtol=0, atol=1e-5)
 
     all_full = dataclasses.replace(CONFIG, indexer_types=None)
     tree, source = {}, params()["params"]
@@ -120,6 +128,16 @@ def test_shared_layers_read_what_the_last_full_layer_selected():
     np.testing.assert_allclose(found["out"][:2], aux["out"][:2], rtol=0, atol=1e-5)
     assert np.abs(found["out"][2] - aux["out"][2])[:, K:].max() > 1e-3
     np.testing.assert_allclose(own[:, :K], logits[:, :K], rtol=0, atol=1e-5)  # all keys are selected there
+
+
+def attention_of(layer, x, selected):
+    """Of the layer over these keys of each query."""
+    parameters = one_layer(params()["params"], layer)
+    placement, _ = place(jnp.ones_like(TOKENS), None)
+    rope = rotation(placement.positions, CONFIG)
+    hidden = rms_norm(x, parameters["attn_norm"], CONFIG.norm_eps)
+    queries, keys = compress(hidden, rope, placement, parameters["attn"], CONFIG)
+    return attend(queries, keys, selected, parameters["attn"], CONFIG)[0]
 
 
 def one_layer(tree, layer):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from dsa_jax.cache import place
 from dsa_jax.layers import stacks
 from dsa_jax.transformer import Transformer
 from tests.train.same import assert_same_bits, same_bits
@@ -160,8 +161,17 @@ def test_a_run_remembers_the_types_and_runs_of_older_versions_go_on():
 
 
 def test_the_quality_of_an_indexer_is_reported_under_the_number_of_its_layer():
-    quality = indexer_quality(initial(), CONFIG, BATCH)
+    """And its KL is the index loss of the layer, over the queries that see more than index_topk keys."""
+    config = dataclasses.replace(CONFIG, attention="dense")
+    quality = indexer_quality(initial(), config, BATCH)
     assert [entry["layer"] for entry in quality] == [0, 2, 4]
+    ids, learns = BATCH["segment_ids"], dataclasses.replace(config, index_loss=True)
+    run = jax.jit(functools.partial(Transformer(learns).apply, capture=("index_kl",)))
+    kl = np.asarray(run(initial(), BATCH["tokens"], segment_ids=ids)[2]["index_kl"])
+    counted = np.asarray(place(ids, None)[0].positions) >= CONFIG.index_topk
+    for entry, of_queries in zip(quality, kl, strict=False):
+        np.testing.assert_allclose(entry["kl"], of_queries[counted].mean(), rtol=1e-3, atol=1e-5)
+
     record = Record(
         name="", config={"model": to_json(small_run(model=CONFIG))["model"]}, metrics=[], evaluations=[]
     )

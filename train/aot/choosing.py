@@ -57,7 +57,9 @@ def estimate(job: Job, sizes: dict[str, int]) -> Estimate:
     one_layer = rest / (tensor * c.n_layers) + experts / (expert * tensor * c.n_layers)
     memory += one_layer * width * 2
     if mode == "train":
-        memory += (2 * c.d_model + 4 * c.index_topk) * tokens * c.n_layers
+        # Each layer's input and each selection, twice where other layers share it.
+        selections = c.n_layers if c.indexer_types is None else 2 * len(c.full_layers)
+        memory += (2 * c.d_model * c.n_layers + 4 * c.index_topk * selections) * tokens
     if mode == "warmup":
         memory += keys * c.n_heads / tensor * (c.qk_head_dim + c.v_head_dim) * 6
     if not job.stage:
