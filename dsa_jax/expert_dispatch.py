@@ -106,11 +106,13 @@ def _all_rounds(
         skip = lambda i, x, weights: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
         return lax.cond(i < n_rounds, one_round, skip, i, x, weights)
 
-    total = jax.checkpoint(one_round)(0, x, weights)
     if max_rounds == 1:
-        return total
+        return jax.checkpoint(one_round)(0, x, weights)
+    # The first round is always needed, and yet in the loop. Outside of it, nothing would order its all_to_all before
+    # those of the next round, and XLA on CPU mixes up collectives of one kind that run at the same time
+    # (docs/scaling.md, "Simulated devices").
     add = lambda total, i: (total + round_if_needed(i, x, weights), None)  # noqa: E731
-    return lax.scan(add, total, jnp.arange(1, max_rounds))[0]
+    return lax.scan(add, jnp.zeros((M, D), jnp.float32), jnp.arange(max_rounds))[0]
 
 
 def _swap(array: Array) -> Array:

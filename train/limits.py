@@ -11,8 +11,8 @@ _POSITIVE, _AT_LEAST_0 = (math.ulp(0.0), math.inf), (0.0, math.inf)
 # Field -> the smallest and the largest value, of which infinity is none. None is left to the fields that take it.
 LIMITS: dict[str, tuple[float, float]] = {
     # of Run
-    "batch": _COUNT, "seq_len": _COUNT, "accumulate": _COUNT, "checkpoint_every": _COUNT, "keep": _COUNT, "log_every": _COUNT,
-    "seed": _COUNT_OR_NONE, "eval_batches": _COUNT_OR_NONE,
+    "batch": _COUNT, "seq_len": _COUNT, "accumulate": _COUNT, "checkpoint_every": _COUNT,
+    "keep": _COUNT, "log_every": _COUNT, "seed": _COUNT_OR_NONE, "eval_batches": _COUNT_OR_NONE,
     # of Stage
     "steps": _COUNT, "lr_warmup": _COUNT_OR_NONE, "data_seed": _COUNT_OR_NONE, "lr": _AT_LEAST_0,
     "index_lr": _AT_LEAST_0, "lr_end": _AT_LEAST_0, "clip": _POSITIVE, "weight_decay": _AT_LEAST_0,
