@@ -8,6 +8,7 @@ same methods at the same time; each writes and reads the parts that it holds, in
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from dsa_jax.checkpoint.files import free_bytes
 from dsa_jax.checkpoint.leaf_digest import leaf_digests
 from dsa_jax.checkpoint.run_digests import DIGESTS, FORMAT, differing, json_digest
 from train.config import Run, contradictions, to_json
@@ -50,6 +52,7 @@ class Checkpoints:
     def __init__(self, path: Path, keep: int, read_only: bool = False) -> None:
         self.path = path.resolve()
         self.read_only = read_only
+        self.n_bytes = 0  # of the arrays of the last step that was given to ``save``
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             enable_async_checkpointing=True,
@@ -60,6 +63,8 @@ class Checkpoints:
 
     def save(self, state: TrainState, data: dict[str, Any], run: Run) -> None:
         """Copies the state and writes it in the background; ``close`` and the next ``save`` wait for that."""
+        self.n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
+        _refuse_full_disk(self.path, self.n_bytes)
         description = to_json(run)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
@@ -196,10 +201,35 @@ class Checkpoints:
         if faults:
             self._manager.reload()
 
+    def check(self) -> None:
+        """Raises the error of a save in the background that has failed."""
+        self._manager.check_for_errors()
+
+    def kept(self) -> str:
+        """Half a sentence for error messages: the newest step that is on disk."""
+        steps = self.steps_on_disk()
+        return f"the last good checkpoint is step {steps[-1]}" if steps else "no checkpoint was written yet"
+
+    def steps_on_disk(self) -> list[int]:
+        """As ``steps``, without a step whose save has failed."""
+        if not self.path.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.path.iterdir() if path.name.isdecimal())
+
     def close(self) -> None:
         """Waits until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
+
+    def abandon(self) -> None:
+        """``close`` after an error: one of its own would hide that error. Removes what a failed save left behind."""
+        with contextlib.suppress(*UNREADABLE), _tensorstores_own_errors():
+            self.close()
+        if jax.process_index() == 0:
+            for unfinished in self.path.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -211,6 +241,12 @@ def _tensorstores_own_errors() -> Iterator[None]:
         if type(error) is Exception and isinstance(error.__cause__, UNREADABLE):
             raise error.__cause__ from None
         raise
+
+
+def _refuse_full_disk(path: Path, needed: int) -> None:
+    """Raises OSError before Orbax begins what cannot end well."""
+    if (free := free_bytes(path)) < needed:
+        raise OSError(errno.ENOSPC, f"{free:,} bytes are free, a checkpoint needs {needed:,}", str(path))
 
 
 def _numbered(opt_state: Any) -> dict[str, Any]:

@@ -167,7 +167,9 @@ def _array_names(item: Path) -> list[str]:
         for table in filter(
             None, tables
         ):  # of equal rows, as Orbax writes them: one with other keys is damaged
-            kinds = [{(key, type(value).__name__) for key, value in row.items()} for row in table]
+            kinds: list[set[Any]] = [
+                {(key, type(value).__name__) for key, value in row.items()} for row in table
+            ]
             if odd := set.union(*kinds) - set.intersection(*kinds):
                 raise ValueError(f"its metadata are damaged at {sorted(odd)[0]}")
     except (KeyError, TypeError, AttributeError) as error:
