@@ -7,7 +7,6 @@ tokenizer_config.json, chat template and the like. ``--dtype bfloat16`` and ``fl
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ import jax.numpy as jnp
 from dsa_jax.checkpoint import write_hf
 from dsa_jax.checkpoint.open_checkpoint import files_to_carry
 from dsa_jax.commands.errors import run_command
+from dsa_jax.commands.outputs import outputs_locked
 from dsa_jax.config import ModelConfig
 from train.checkpoint import Checkpoints
-from train.config import Run, from_json
+from train.config import Run
 from train.initial import initial_params, lora_scale
 from train.lora import merged
+from train.run_folder import described_run
 
 
 def trained(folder: Path) -> tuple[Run, Any]:
@@ -31,11 +32,8 @@ def trained(folder: Path) -> tuple[Run, Any]:
     Raises:
       ValueError: the folder holds no run or no readable checkpoint.
     """
-    description = folder / "config.json"
-    if not description.is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder of a run of `python -m train`")
-    run = from_json(json.loads(description.read_text()))
-    checkpoints = Checkpoints(folder / "checkpoints", run.keep)
+    run = described_run(folder)
+    checkpoints = Checkpoints(folder / "checkpoints", run.keep, read_only=True)
     restored = checkpoints.restore(run, jax.eval_shape(lambda: initial_params(run, load=False)))
     checkpoints.close()
     if restored is None:
@@ -96,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def write() -> int:
-        export(options.run, options.out, options.dtype, options.max_shard_bytes)
+        with outputs_locked(options.out):
+            export(options.run, options.out, options.dtype, options.max_shard_bytes)
         return 0
 
     return run_command("python -m train.export", write)

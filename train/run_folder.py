@@ -113,7 +113,10 @@ def write_errors_explained(
                 if disk_full(cause):
                     size = f"a checkpoint needs {needed():,} bytes and " if needed() else ""
                     reason += f" ({size}{free_bytes(folder):,} are free)"
-                raise CannotWrite(f"{reason}; {kept()}. Then run the same command again") from error
+                    reason += "; free some"
+                else:
+                    reason += "; put that right"
+                raise CannotWrite(f"{reason} and run the same command again: {kept()}") from error
         raise
 
 

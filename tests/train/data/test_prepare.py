@@ -151,7 +151,7 @@ def test_bad_arguments_are_refused_before_any_work(corpus, tmp_path, capsys):
     with pytest.raises(ValueError, match="must be new or empty"):
         prepare([str(corpus)], corpus)
     assert main([str(tmp_path / "absent"), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("error: a source must be stdlib")
+    assert capsys.readouterr().err.startswith("python -m train.data.prepare: a source must be stdlib")
     assert not (tmp_path / "out").exists()
 
 
