@@ -52,8 +52,8 @@ def locked(folder: Path) -> Iterator[None]:
             except OSError as error:
                 refusal = error
         if jax.process_count() > 1:
-            said = str(refusal or "").encode()[:_SENTENCE_BYTES].ljust(_SENTENCE_BYTES, b"\\0")
-            answer = process_allgather(np.frombuffer(said, np.uint8))[0].tobytes().rstrip(b"\\0").decode()
+            said = str(refusal or "").encode()[:_SENTENCE_BYTES].ljust(_SENTENCE_BYTES, b"\0")
+            answer = process_allgather(np.frombuffer(said, np.uint8))[0].tobytes().rstrip(b"\0").decode()
             refusal = refusal or (OSError(answer) if answer else None)
         if refusal:
             raise refusal
@@ -62,7 +62,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_description(folder: Path, run: Run) -> None:
     """Writes config.json, whole or not at all."""
-    write_atomically(folder / CONFIG_FILE, (json.dumps(to_json(run), indent=1) + "\\n").encode())
+    write_atomically(folder / CONFIG_FILE, (json.dumps(to_json(run), indent=1) + "\n").encode())
 
 
 def read_description(folder: Path) -> dict[str, Any]:

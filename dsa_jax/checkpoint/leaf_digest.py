@@ -27,8 +27,9 @@ _BLOCK = 2**19  # elements that NumPy works on at a time: its intermediate resul
 
 def leaf_digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     """Name -> digest of each array, computed where it is. With several processes all must call it together."""
-    sums = {name: _sums_where_it_is(array) for name, array in arrays.items()}
-    return {name: _text(arrays[name], found) for name, found in jax.device_get(sums).items()}
+    # One after the other: of programs that run at the same time, two processes may begin different ones first, and each
+    # then waits for the other's part of the sum.
+    return {name: _text(array, np.asarray(_sums_where_it_is(array))) for name, array in arrays.items()}
 
 
 class PartialDigest:
