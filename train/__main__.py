@@ -52,7 +52,7 @@ class Options(Hosts):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done; 1 training stopped (loss not finite, a process lost, SIGTERM); 2 bad input."""
+    """Exit codes: 0 done; 1 training stopped (loss not finite, disk full, a process lost, SIGTERM); 2 bad input."""
     import tyro
 
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     name = arguments[0]
     from train.initial import SWITCHES, from_checkpoint
+    from train.run_folder import CannotWrite
     from train.trainer import Stopped, train
 
     def start() -> int:
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             train(run, options.folder or Path("runs") / name)
         return 0
 
-    failures = (FloatingPointError, Stopped)
+    failures = (FloatingPointError, Stopped, CannotWrite)
     return run_command("python -m train", start, traceback=options.traceback, failures=failures)
 
 

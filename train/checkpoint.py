@@ -1,12 +1,14 @@
 """Checkpoints of a run: parameters, optimizer, data position and the run's own description, through Orbax.
 
 Orbax writes in the background and makes a step visible only when it is complete, so a killed process leaves the
-previous step intact. A step that cannot be read is set aside, and the one before it is used. Several processes call
-the same methods at the same time; each writes and reads the parts that it holds, in a folder that all of them see.
+previous step intact. Each step has a digest per leaf, of what was in the devices' memory. A step that cannot be read,
+or that reads as something else than was saved, is set aside, and the one before it is used. Several processes call the
+same methods at the same time; each writes and reads the parts that it holds, in a folder that all of them see.
 """
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import shutil
 from collections.abc import Iterator
@@ -16,14 +18,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
+from dsa_jax.checkpoint.files import free_bytes
+from dsa_jax.checkpoint.leaf_digest import leaf_digests
+from dsa_jax.checkpoint.run_digests import DIGESTS, FORMAT, differing, json_digest
 from train.config import Run, contradictions, to_json
 from train.placement import RunSharding
 from train.step import TrainState, begin_stage
 
 _logger = logging.getLogger(__name__)
-# What Orbax, tensorstore and json raise for files that are missing, cut short or overwritten.
-UNREADABLE = (ValueError, KeyError, TypeError, OSError, RuntimeError)
+# What Orbax, tensorstore and json raise for files that are missing, cut short, overwritten or changed in one bit.
+UNREADABLE = (
+    ValueError, KeyError, TypeError, OSError, RuntimeError, AttributeError, IndexError, AssertionError, ImportError,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,24 +45,41 @@ class Restored:
 class Checkpoints:
     """The folder ``path``: one numbered folder per step, at most ``keep`` of them.
 
-    Each holds the items params (readable by `dsa_jax.load_params`), opt_state, data and run.
+    Each holds the items params (readable by `dsa_jax.load_params`), opt_state, data, run and digests.
+    read_only: for a run that another process may be training; nothing is written, removed or renamed.
     """
 
-    def __init__(self, path: Path, keep: int) -> None:
+    def __init__(self, path: Path, keep: int, read_only: bool = False) -> None:
         self.path = path.resolve()
+        self.read_only = read_only
+        self.n_bytes = 0  # of the arrays of the last step that was given to ``save``
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=not read_only,  # left by a killed process
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.path, options=options)
 
     def save(self, state: TrainState, data: dict[str, Any], run: Run) -> None:
         """Copies the state and writes it in the background; ``close`` and the next ``save`` wait for that."""
-        leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}
+        self.n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
+        _refuse_full_disk(self.path, self.n_bytes)
+        description = to_json(run)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
-            opt_state=ocp.args.StandardSave(leaves),
+            opt_state=ocp.args.StandardSave(_numbered(state.opt_state)),
             data=ocp.args.JsonSave(data),
-            run=ocp.args.JsonSave(to_json(run)),
+            run=ocp.args.JsonSave(description),
+            digests=ocp.args.JsonSave(
+                {
+                    "format": FORMAT,
+                    "opt_state_names": _names_of_numbers(state.opt_state),
+                    "data": json_digest(data),
+                    "run": json_digest(description),
+                }
+                | _array_digests(state)
+            ),
         )
         self._manager.save(int(state.step), args=items)
 
@@ -75,9 +100,7 @@ class Checkpoints:
         faults: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                stored = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
-                    "run"
-                ]
+                stored = self._description(step)
             except UNREADABLE as error:
                 faults[step] = self._fault(step, error)
                 continue
@@ -111,6 +134,23 @@ class Checkpoints:
             f"step before it ({_first_line(error)})"
         ) from error
 
+    def _description(self, step: int) -> dict[str, Any]:
+        """The run that wrote the step."""
+        stored = self._json(step, "run")
+        if (digests := self._digests(step)) is not None:
+            _refuse(differing(digests, "run", json_digest(stored)))
+        return stored
+
+    def _digests(self, step: int) -> dict[str, Any] | None:
+        """What was stored with the step; None for one of a version that stored nothing."""
+        return self._json(step, DIGESTS) if (self.path / str(step) / DIGESTS).exists() else None
+
+    def _json(self, step: int, item: str) -> dict[str, Any]:
+        found = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+        if not isinstance(found, dict):
+            raise ValueError(f"{item} must be a JSON object, got a {type(found).__name__}")
+        return found
+
     def _read(self, step: int, run: Run, params: Any, sharding: RunSharding) -> Restored:
         stage = run.stages[run.stage_at(step)[0]]
         shapes = jax.eval_shape(lambda params: begin_stage(jnp.int32(step), params, stage), params)
@@ -125,10 +165,32 @@ class Checkpoints:
             found = self._manager.restore(step, args=items)
         opt_state = jax.tree.unflatten(tree, [found["opt_state"][str(i)] for i in range(len(leaves))])
         state = TrainState(step=sharding.replicated(step), params=found["params"], opt_state=opt_state)
+        self._check(step, state, found["data"])
         return Restored(state, found["data"])
+
+    def _check(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+        """Raises ValueError, which names the leaves, if this is not what was saved."""
+        digests = self._digests(step)
+        if digests is None:
+            _logger.warning(
+                "the checkpoint of step %d in %s was saved without digests and is not checked",
+                step,
+                self.path,
+            )
+            return
+        wrong = differing(digests, "data", json_digest(data))
+        for item, found in _array_digests(state).items():
+            wrong += differing(digests, item, found)
+        _refuse(wrong)
 
     def _set_aside(self, faults: dict[int, str]) -> None:
         """Renames the folders of these steps: they are not read again, and new ones can take their place."""
+        if self.read_only:
+            for step, reason in faults.items():
+                _logger.warning(
+                    "the checkpoint of step %d in %s cannot be read (%s)", step, self.path, reason
+                )
+            return
         for step, reason in faults.items():
             aside = self.path / f"unreadable-{step}"
             shutil.rmtree(aside, ignore_errors=True)  # left by an earlier fall back from this step
@@ -139,10 +201,35 @@ class Checkpoints:
         if faults:
             self._manager.reload()
 
+    def check(self) -> None:
+        """Raises the error of a save in the background that has failed."""
+        self._manager.check_for_errors()
+
+    def kept(self) -> str:
+        """Half a sentence for error messages: the newest step that is on disk."""
+        steps = self.steps_on_disk()
+        return f"the last good checkpoint is step {steps[-1]}" if steps else "no checkpoint was written yet"
+
+    def steps_on_disk(self) -> list[int]:
+        """As ``steps``, without a step whose save has failed."""
+        if not self.path.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.path.iterdir() if path.name.isdecimal())
+
     def close(self) -> None:
         """Waits until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
+
+    def abandon(self) -> None:
+        """``close`` after an error: one of its own would hide that error. Removes what a failed save left behind."""
+        with contextlib.suppress(*UNREADABLE), _tensorstores_own_errors():
+            self.close()
+        if jax.process_index() == 0:
+            for unfinished in self.path.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -154,6 +241,40 @@ def _tensorstores_own_errors() -> Iterator[None]:
         if type(error) is Exception and isinstance(error.__cause__, UNREADABLE):
             raise error.__cause__ from None
         raise
+
+
+def _refuse_full_disk(path: Path, needed: int) -> None:
+    """Raises OSError before Orbax begins what cannot end well."""
+    if (free := free_bytes(path)) < needed:
+        raise OSError(errno.ENOSPC, f"{free:,} bytes are free, a checkpoint needs {needed:,}", str(path))
+
+
+def _numbered(opt_state: Any) -> dict[str, Any]:
+    """The leaves of an optimizer's state by their number, which is how they are stored."""
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(opt_state))}
+
+
+def _names_of_numbers(opt_state: Any) -> dict[str, str]:
+    paths = jax.tree.leaves_with_path(opt_state)
+    return {
+        str(i): jax.tree_util.keystr(path, simple=True, separator=".") for i, (path, _) in enumerate(paths)
+    }
+
+
+def _array_digests(state: TrainState) -> dict[str, dict[str, str]]:
+    """Item -> name of its array in the store -> digest."""
+    items = {
+        "params": traverse_util.flatten_dict(state.params, sep="."),
+        "opt_state": _numbered(state.opt_state),
+    }
+    return {item: leaf_digests(arrays) for item, arrays in items.items()}
+
+
+def _refuse(differing: list[str]) -> None:
+    """Raises ValueError if anything differs from its digest."""
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ValueError(f"{', '.join(differing[:3])}{more}: not what was saved, by the digest saved with it")
 
 
 def _first_line(error: Exception) -> str:

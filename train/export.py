@@ -15,16 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.checkpoint import write_hf
-from dsa_jax.checkpoint.files import read_json_object
 from dsa_jax.checkpoint.hf_plan import HfOptions
 from dsa_jax.checkpoint.open_checkpoint import files_to_carry
 from dsa_jax.checkpoint.save import refuse_taken
 from dsa_jax.commands.errors import run_command
+from dsa_jax.commands.outputs import outputs_locked
 from train.checkpoint import Checkpoints
-from train.config import Run, from_json
+from train.config import Run
 from train.data.provenance import tokenizer_of
 from train.initial import initial_params, lora_scale
 from train.lora import merged
+from train.run_folder import described_run
 
 
 def trained(folder: str | os.PathLike[str]) -> tuple[Run, Any]:
@@ -34,17 +35,8 @@ def trained(folder: str | os.PathLike[str]) -> tuple[Run, Any]:
       ValueError: the folder holds no run, a description of it that is damaged, or no readable checkpoint.
     """
     folder = Path(folder)
-    description = folder / "config.json"
-    if not description.is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder of a run of `python -m train`")
-    values = read_json_object(description, "copy it from a backup")
-    try:
-        run = from_json(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of JSON of another shape
-        raise ValueError(
-            f"{description} does not describe a run of `python -m train` ({error!r}): give the folder of a run"
-        ) from error
-    checkpoints = Checkpoints(folder / "checkpoints", run.keep)
+    run = described_run(folder)
+    checkpoints = Checkpoints(folder / "checkpoints", run.keep, read_only=True)
     restored = checkpoints.restore(run, jax.eval_shape(lambda: initial_params(run, load=False)))
     checkpoints.close()
     if restored is None:
@@ -111,7 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def write() -> int:
-        export(options.run, options.out, options.dtype, options.max_shard_bytes)
+        with outputs_locked(options.out):
+            export(options.run, options.out, options.dtype, options.max_shard_bytes)
         return 0
 
     return run_command("python -m train.export", write)

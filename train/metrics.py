@@ -1,5 +1,7 @@
 """What a run reports: JSON lines in metrics.jsonl and eval.jsonl, and a live line on the terminal."""
 
+import contextlib
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dsa_jax.checkpoint.files import write_atomically
 from train.private_jax import process_allgather
 
 METRICS_FILE = "metrics.jsonl"
@@ -31,20 +34,35 @@ class JsonLines:
         self._file = None
         if jax.process_index():
             return
-        temporary = path.with_suffix(".new")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        temporary.replace(path)  # this also drops a last line that a killed process cut short
+        content = "".join(json.dumps(line) + "\n" for line in self.lines)
+        write_atomically(
+            path, content.encode()
+        )  # this also drops a last line that a killed process cut short
         self._file = path.open("a")
 
     def add(self, line: Mapping[str, Any]) -> None:
+        """Appends the line. Raises OSError, also where the file is no longer the one at its path."""
         self.lines.append(dict(line))
-        if self._file:
+        if not self._file:
+            return
+        try:
+            if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+
+    def sync(self) -> None:
+        """Flushes the lines to disk: after a crash, those of a checkpoint's steps are as safe as the checkpoint."""
+        if self._file:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a line that ``add`` could not write, and said so
+                self._file.close()
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

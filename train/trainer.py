@@ -1,10 +1,9 @@
 """A run from its first step to its last, or from the newest checkpoint of an interrupted run."""
 
 import contextlib
-import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from pallas_kernels.bench.timing import product_rate
 from train.checkpoint import Checkpoints
-from train.config import Run, Stage, to_json
+from train.config import Run, Stage
 from train.data.sources import training_batches
 from train.distributed import check_shared
 from train.evaluation import Evaluation, fingerprint, summarise
@@ -26,6 +25,7 @@ from train.measure.flops import training_flops
 from train.metrics import EVAL_FILE, METRICS_FILE, JsonLines, LiveLine, as_json, memory_bytes
 from train.placement import RunSharding
 from train.private_jax import reached_preemption_sync_point
+from train.run_folder import locked, write_description, write_errors_explained
 from train.step import TrainState, compiled_step
 
 
@@ -49,37 +49,59 @@ def train(
 
     Raises:
       ValueError: the folder belongs to a run that contradicts this one, or data, model, mesh or ``params`` do not fit.
+      BlockingIOError: another process is training into the folder, which is left alone.
       FloatingPointError: a loss or a gradient is not finite; the message names it and the last good checkpoint.
+      CannotWrite: the disk is full, or the folder was removed or cannot be written for another reason.
       Stopped: see there.
     """
     run, folder = checked(run), Path(folder)
-    writes = jax.process_index() == 0
-    console = (console or Console(highlight=False)) if writes else Console(quiet=True)
     sharding = RunSharding(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    check_shared(folder)
+    with locked(folder):
+        check_shared(folder)
+        with _open_checkpoints(run, folder) as checkpoints, sharding.use_mesh():
+            return _train(run, folder, sharding, checkpoints, console or Console(highlight=False), params)
+
+
+@contextlib.contextmanager
+def _open_checkpoints(run: Run, folder: Path) -> Iterator[Checkpoints]:
+    """The run's checkpoints, closed at the end. Inside, what cannot be written is said in one sentence."""
+    checkpoints: Checkpoints | None = None
+
+    def kept() -> str:
+        return checkpoints.kept() if checkpoints else "nothing was changed"
+
+    with write_errors_explained(folder, kept, lambda: checkpoints.n_bytes if checkpoints else 0):
+        checkpoints = Checkpoints(folder / "checkpoints", run.keep)
+        try:
+            yield checkpoints
+        except BaseException:
+            checkpoints.abandon()
+            raise
+        checkpoints.close()
+
+
+def _train(
+    run: Run, folder: Path, sharding: RunSharding, checkpoints: Checkpoints, console: Console, params: Any
+) -> Any:
+    writes = jax.process_index() == 0
+    if not writes:
+        console = Console(quiet=True)
     ceiling = product_rate(jnp.bfloat16) * sharding.n_devices if jax.default_backend() != "cpu" else None
-    with (
-        contextlib.closing(Checkpoints(folder / "checkpoints", run.keep)) as checkpoints,
-        sharding.use_mesh(),
-    ):
-        shapes = jax.eval_shape(lambda: initial_params(run, load=False))
-        restored = checkpoints.restore(run, shapes, sharding)
-        if writes:
-            (folder / "config.json").write_text(json.dumps(to_json(run), indent=1) + "\n")
-        if restored:
-            state, data, resume_at = restored.state, restored.data, int(restored.state.step)
-            console.print(f"resuming after step {resume_at} of {run.steps} ({folder})")
-        else:
-            start = (
-                initial_params(run, sharding=sharding) if params is None else sharding.place(params, shapes)
-            )
-            state, data, resume_at = sharding.begin_stage(0, start, run.stages[0]), None, -1
-        records = _Records(run, folder, console, resume_at)
-        with contextlib.closing(records):
-            state = _Trainer(run, sharding, checkpoints, records, ceiling).run_stages(state, data)
-        summarise(records.evaluations.lines, console)
-        return merged(state.params, lora_scale(run))
+    shapes = jax.eval_shape(lambda: initial_params(run, load=False))
+    restored = checkpoints.restore(run, shapes, sharding)
+    if writes:
+        write_description(folder, run)
+    if restored:
+        state, data, resume_at = restored.state, restored.data, int(restored.state.step)
+        console.print(f"resuming after step {resume_at} of {run.steps} ({folder})")
+    else:
+        start = initial_params(run, sharding=sharding) if params is None else sharding.place(params, shapes)
+        state, data, resume_at = sharding.begin_stage(0, start, run.stages[0]), None, -1
+    records = _Records(run, folder, console, resume_at)
+    with contextlib.closing(records):
+        state = _Trainer(run, sharding, checkpoints, records, ceiling).run_stages(state, data)
+    summarise(records.evaluations.lines, console)
+    return merged(state.params, lora_scale(run))
 
 
 class _Records:
@@ -143,13 +165,19 @@ class _Trainer:
             step = first_step + in_stage
             state, metrics = step_function(state, self.sharding.global_batch(next(batches)))
             pending.append(metrics)
+            self.checkpoints.check()
             stops = self.asked_to_stop()
-            saves = stops or in_stage == stage.steps or step % run.checkpoint_every == 0
-            if step % run.log_every == 0 or saves or in_stage == done + 1:
+            saves = in_stage == stage.steps or step % run.checkpoint_every == 0
+            # The lines of a run do not depend on where it was interrupted.
+            logs = saves or in_stage == 1 or step % run.log_every == 0
+            if logs or stops or in_stage == done + 1:
                 self.check_finite(pending, step)
-                self.report(stage, step, as_json(metrics), speed.lap(len(pending)))
+                taken = speed.lap(len(pending))
                 pending = []
-            if saves:
+            if logs:
+                self.report(stage, step, as_json(metrics), taken)
+            if saves or stops:
+                self.records.metrics.sync()
                 self.checkpoints.save(state, batches.get_state(), run)
             if stops:
                 raise Stopped(
@@ -171,10 +199,7 @@ class _Trainer:
             if bool(metrics["finite"]):
                 continue
             bad = [n for n, v in as_json(metrics).items() if not np.isfinite(np.asarray(v, float)).all()]
-            steps = self.checkpoints.steps()
-            kept = (
-                f"the last good checkpoint is step {steps[-1]}" if steps else "no checkpoint was written yet"
-            )
+            kept = self.checkpoints.kept()
             raise FloatingPointError(
                 f"step {bad_step}: {', '.join(bad) or 'a gradient'} not finite; {kept} in {self.records.folder}. "
                 "Lower the learning rate or look at the data of that step"

@@ -1,10 +1,12 @@
-"""Small files that must be whole or absent, JSON that may be damaged, and disks that are full."""
+"""Small files that must be whole or absent, JSON that may be damaged, and disks that take no more."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,14 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(path: Path) -> None:
+    """Flushes every file below the folder, and the folders: all of it survives a power failure."""
+    for folder, _, files in os.walk(path):
+        for name in files:
+            sync_folder(Path(folder, name))
+        sync_folder(Path(folder))
+
+
 def read_json_object(path: Path, remedy: str = "re-download it") -> dict[str, Any]:
     """The JSON object in the file. Raises ValueError, which ends with the remedy, when it holds anything else."""
     refuse_lfs_pointer(path)
@@ -54,12 +64,42 @@ def refuse_lfs_pointer(path: Path) -> None:
         )
 
 
-def disk_full(error: BaseException) -> bool:
-    """Whether the error means that the disk, a quota or a limit on file sizes is full.
+_FULL = {errno.ENOSPC: "no space left on its disk", errno.EDQUOT: "its disk quota is used up",
+         errno.EFBIG: "the limit on the size of a file is reached"}  # fmt: skip
+_FAULTS = _FULL | {
+    errno.EROFS: "its file system is read-only",
+    errno.EACCES: "this user may not write there",
+    errno.EPERM: "this user may not write there",
+    errno.ENOENT: "the folder was removed or moved away",
+    errno.ESTALE: "the folder was removed or moved away",
+    errno.ENOTDIR: "a part of its path is a file, not a folder",
+    errno.EEXIST: "it is a file, not a folder",
+    errno.ENAMETOOLONG: "its name is too long",
+    errno.EIO: "its disk reports an input/output error",
+}
 
-    tensorstore has no exception of its own for this: the text of its error carries the number.
-    """
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+def disk_full(error: BaseException) -> bool:
+    """Whether the error means that the disk, a quota or a limit on file sizes is full."""
+    return _error_number(error) in _FULL
+
+
+def why_not_written(error: BaseException, path: Path) -> str | None:
+    """Half a sentence, "PATH cannot be written: ...", about an error of the file system; None for any other error."""
+    number = _error_number(error)
+    if number not in _FAULTS:
+        return None
+    return f"{path} cannot be written: {_FAULTS[number]}"
+
+
+def free_bytes(path: Path) -> int:
+    """Free space for this user on the disk of the path, or of the nearest folder above it that exists."""
+    return shutil.disk_usage(next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())).free
+
+
+def _error_number(error: BaseException) -> int | None:
+    """tensorstore has no exceptions of its own for these: the text of its errors carries the number."""
     if isinstance(error, OSError):
-        return error.errno in full
-    return any(f"os_error_code='{number}'" in str(error) for number in full)
+        return error.errno
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else None

@@ -6,7 +6,6 @@ folder. The journal has one line per finished step, appended after the step is s
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
@@ -14,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dsa_jax.checkpoint.files import read_json_object, sync_folder, write_atomically
+from dsa_jax.checkpoint.files import read_json_object, sync_folder, sync_tree, write_atomically
+from dsa_jax.checkpoint.lock import lock_folder
 
 MARKER = "INCOMPLETE.json"
 JOURNAL = "journal.jsonl"
@@ -31,26 +31,20 @@ class Job:
 
     def __init__(self, path: Path, request: dict[str, Any], command: list[str]) -> None:
         self.path = path
-        self.resumed = (path / MARKER).is_file()
-        if path.exists() and not self.resumed and not _is_free(path):
-            raise ValueError(
-                f"{path} exists and is not an unfinished conversion; remove it or choose another"
-            )
-        if self.resumed:
-            _refuse_other_request(path, read_json_object(path / MARKER), request)
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / _LOCK).open("w")
+        _refuse_taken(path)  # before anything is touched
+        self._lock = lock_folder(path, _LOCK)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self.resumed:
+            _refuse_taken(path)  # another process may have finished since
+            self.resumed = (path / MARKER).is_file()
+            if self.resumed:
+                _refuse_other_request(path, read_json_object(path / MARKER), request)
+            else:
                 marker = {"request": request, "command": shlex.join(command)}
                 write_atomically(path / MARKER, json.dumps(marker, indent=2).encode())
             self.steps = _read_journal(path / JOURNAL)
             self._journal = (path / JOURNAL).open("a", encoding="utf-8")
-        except BaseException as error:
-            self._lock.close()
-            if isinstance(error, BlockingIOError):
-                raise BlockingIOError(f"another process is converting into {path}; let it finish") from error
+        except BaseException:
+            self._lock.release()
             raise
 
     def record(self, step: dict[str, Any]) -> None:
@@ -63,11 +57,11 @@ class Job:
     def finish(self) -> None:
         """Removes the marker: from here on the folder is complete. A crash now leaves harmless files."""
         self._journal.close()
-        sync_folder(self.path)
+        sync_tree(self.path)
         (self.path / MARKER).unlink()
         sync_folder(self.path)
         (self.path / JOURNAL).unlink()
-        (self.path / _LOCK).unlink()
+        self._lock.release()
 
     def __enter__(self) -> Job:
         return self
@@ -76,7 +70,7 @@ class Job:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._journal.close()
-        self._lock.close()
+        self._lock.release()
 
 
 def refuse_incomplete(path: Path) -> None:
@@ -88,9 +82,12 @@ def refuse_incomplete(path: Path) -> None:
         )
 
 
-def _is_free(path: Path) -> bool:
-    """Whether the folder is empty, or a crash came before the marker was complete."""
-    return path.is_dir() and {file.name for file in path.iterdir()} <= {_LOCK, MARKER + ".partial"}
+def _refuse_taken(path: Path) -> None:
+    """A free folder is empty, or a crash came before its marker was complete."""
+    if not path.exists() or (path / MARKER).is_file():
+        return
+    if not path.is_dir() or not {file.name for file in path.iterdir()} <= {_LOCK, MARKER + ".partial"}:
+        raise ValueError(f"{path} exists and is not an unfinished conversion; remove it or choose another")
 
 
 def _refuse_other_request(path: Path, marker: dict[str, Any], request: dict[str, Any]) -> None:

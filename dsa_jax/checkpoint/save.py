@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dsa_jax.checkpoint.files import sync_folder, sync_tree
 from dsa_jax.checkpoint.hf_config import to_hf
 from dsa_jax.checkpoint.hf_plan import DEFAULT_SHARD_BYTES, HfOptions, plan_hf
 from dsa_jax.checkpoint.hf_writer import finish_folder, write_shards
@@ -59,7 +60,9 @@ def write_hf(
         for _ in write_shards(partial, tensors, plan, scale_fmt=fp8.scale_fmt if fp8 else None):
             pass
         finish_folder(partial, plan, config_json, map(Path, carried))
+        sync_tree(partial)
         os.rename(partial, path)
+        sync_folder(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -16,6 +16,7 @@ from dsa_jax.checkpoint.names import SCALE_SUFFIX, tensor_table
 from dsa_jax.checkpoint.open_checkpoint import load_config, open_tensors
 from dsa_jax.checkpoint.orbax_tensors import SCALES, VALUES, OrbaxTensors
 from dsa_jax.checkpoint.pieces import FORM_OF_DTYPE, NOT_FINITE, Piece, all_finite, cut, digest
+from dsa_jax.checkpoint.run_digests import StepVerification, steps_of_run
 from dsa_jax.checkpoint.tensors import FP8, Tensors, describe_fault, find_faults
 
 
@@ -37,10 +38,19 @@ def verify(
 ) -> Verification:
     """Checks names, shapes, dtypes, block scales and, where `convert` wrote the folder, every checksum.
 
+    Of a training run, or of one of its steps (RUN/checkpoints/N), every array against the digest saved with it.
     ignore: as in `load_config`. on_progress(bytes done, bytes in all). Raises ValueError for an unfinished
     conversion and for a folder whose config cannot be read.
     """
     path = Path(path)
+    if steps := steps_of_run(path):
+        step = StepVerification(steps, on_progress)
+        return Verification(
+            tensors=step.tensors,
+            bytes_read=step.bytes_read,
+            faults=tuple(step.faults),
+            checksums=step.checked,
+        )
     refuse_incomplete(path)
     config = load_config(path, ignore=ignore)
     tensors = open_tensors(path, config)

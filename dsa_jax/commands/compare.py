@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dsa_jax.checkpoint.files import refuse_lfs_pointer
 from dsa_jax.commands.inputs import check_tokens, checked_folder, read_tokenizer, read_vectors
-from dsa_jax.commands.outputs import progress_bar, write_text
+from dsa_jax.commands.outputs import outputs_locked, progress_bar, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +74,10 @@ class Compare:
     """On bad input, show where the error arose."""
 
     def run(self) -> int:
+        with outputs_locked(self.json, self.markdown):
+            return self._run()
+
+    def _run(self) -> int:
         tolerance = self._tolerance()
         self._refuse_contradictions()
         if self.checkpoint is not None:

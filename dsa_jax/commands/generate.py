@@ -15,7 +15,7 @@ from dsa_jax.commands.inputs import (
     read_tokenizer,
     tokenizer_if_readable,
 )
-from dsa_jax.commands.outputs import write_text
+from dsa_jax.commands.outputs import outputs_locked, write_text
 
 if TYPE_CHECKING:
     from dsa_jax.config import ModelConfig
@@ -65,6 +65,10 @@ class Generate:
     """On bad input, show where the error arose."""
 
     def run(self) -> int:
+        with outputs_locked(self.json):
+            return self._run()
+
+    def _run(self) -> int:
         from dsa_jax.checkpoint import load_params
         from dsa_jax.generate import Sampling, check_request, stream
 

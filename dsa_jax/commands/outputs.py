@@ -2,14 +2,32 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
+@contextmanager
+def outputs_locked(*paths: Path | None) -> Iterator[None]:
+    """Inside, no other command writes these files; None stands for an option that was not given.
+
+    To be entered before the work begins. Raises BlockingIOError when one of them is being written, OSError when it
+    cannot be.
+    """
+    from dsa_jax.checkpoint.lock import lock_output
+
+    with ExitStack() as stack:
+        for path in paths:
+            if path is not None:
+                stack.enter_context(lock_output(path))
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes the file, and its folder if need be."""
+    """Writes the file, whole or not at all, and its folder if need be."""
+    from dsa_jax.checkpoint.files import write_atomically
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_atomically(path, text.encode())
 
 
 def peak_memory() -> int:

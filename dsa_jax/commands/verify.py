@@ -16,13 +16,15 @@ class Verify:
 
     For example:
       dsa-jax verify v32-orbax
+      dsa-jax verify runs/nano
+      dsa-jax verify runs/nano/checkpoints/500
 
-    Exits with 1 if anything is wrong. A folder that `convert` did not write has no checksums: then names,
-    shapes, dtypes and block scales are checked.
+    Exits with 1 if anything is wrong. Of a training run, all its checkpoints are read. A folder that neither
+    `convert` nor a training run wrote has no checksums: then names, shapes, dtypes and block scales are checked.
     """
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """Checkpoint of any kind."""
+    """Checkpoint of any kind, or a training run."""
     ignore: tuple[str, ...] = ()
     """Keys of config.json that are unknown here and do not change the model."""
     traceback: bool = False

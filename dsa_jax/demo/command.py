@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from dsa_jax.checkpoint.lock import lock_folder
 from dsa_jax.commands.errors import run_command
 from dsa_jax.commands.inputs import encode
 from dsa_jax.demo.measurements import ROW, agreement, reading, speed
@@ -163,7 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def run() -> int:
-        return 0 if demo(options.file, options.new_tokens, Console(highlight=False)) else 1
+        with lock_folder(RUN_DIR):
+            return 0 if demo(options.file, options.new_tokens, Console(highlight=False)) else 1
 
     failures = (FloatingPointError,)
     return run_command("python -m dsa_jax.demo", run, traceback=options.traceback, failures=failures)

@@ -14,6 +14,7 @@ import jax
 from rich.console import Console
 
 from dsa_jax.commands.errors import run_command
+from dsa_jax.commands.outputs import outputs_locked, write_text
 from train.aot.chips import CHIPS
 from train.aot.choosing import Estimate, ranked
 from train.aot.compiling import child_environment
@@ -57,8 +58,7 @@ def run(options: Options, console: Console) -> int:
             "chip": dataclasses.asdict(job.chip),
             "results": results,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_text(options.json, json.dumps(content, indent=1) + "\n")
     return 0 if results[0]["fits"] else 1
 
 
@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chip, count = chip_and_count(options.topology)
         if CHIPS[chip].is_gpu and len(jax.devices("cpu")) != count:
             return in_another_process(arguments, count)
-        return run(options, Console(width=None if sys.stdout.isatty() else 120))
+        with outputs_locked(options.json):
+            return run(options, Console(width=None if sys.stdout.isatty() else 120))
 
     return run_command("dsa-jax aot", start, traceback=options.traceback)
 

@@ -24,8 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from dsa_jax.checkpoint.files import sync_folder, sync_tree
 from dsa_jax.commands.errors import run_command
 from dsa_jax.commands.inputs import open_tokenizer
+from dsa_jax.commands.outputs import outputs_locked
 from train.data.documents import SUFFIXES, Document, read_source, split_documents, without_repeats
 from train.data.tokenizer import ROLES, Ids, as_list, check_vocab_size, special_ids, train_tokenizer
 
@@ -94,7 +96,9 @@ def prepare(
     licence_file = Path(sysconfig.get_path("stdlib")) / "LICENSE.txt"
     if "stdlib" in sources and licence_file.is_file():
         shutil.copyfile(licence_file, folder / "LICENSE.python.txt")
+    sync_tree(folder)
     folder.rename(out)
+    sync_folder(out.parent)
     return manifest
 
 
@@ -178,26 +182,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     named = {role: getattr(options, f"{role}_token") for role in ROLES}
 
-    def run() -> int:
+    def write() -> int:
         started = time.perf_counter()
-        manifest = prepare(
-            options.sources,
-            options.out,
-            vocab_size=options.vocab_size,
-            tokenizer_file=options.tokenizer,
-            special_tokens={role: tokens for role, tokens in named.items() if tokens is not None},
-            validation_share=options.validation_share,
-            tests=options.tests,
-            licence=options.licence,
-        )
-        for split, size in manifest["splits"].items():
-            print(
-                f"{split}: {size['documents']:,} documents, {size['bytes']:,} bytes, {size['tokens']:,} tokens"
+        with outputs_locked(options.out):
+            manifest = prepare(
+                options.sources,
+                options.out,
+                vocab_size=options.vocab_size,
+                tokenizer_file=options.tokenizer,
+                special_tokens={role: tokens for role, tokens in named.items() if tokens is not None},
+                validation_share=options.validation_share,
+                tests=options.tests,
+                licence=options.licence,
             )
+        for split, size in manifest["splits"].items():
+            sizes = f"{size['bytes']:,} bytes, {size['tokens']:,} tokens"
+            print(f"{split}: {size['documents']:,} documents, {sizes}")
         print(f"{options.out}: {manifest['vocab_size']:,} ids, {time.perf_counter() - started:.1f} s")
         return 0
 
-    return run_command("python -m train.data.prepare", run)
+    return run_command("python -m train.data.prepare", write)
 
 
 if __name__ == "__main__":

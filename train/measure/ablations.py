@@ -29,6 +29,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from dsa_jax.commands.errors import run_command
+from dsa_jax.commands.outputs import outputs_locked, write_text
 from dsa_jax.config import ModelConfig
 from train.config import Run, Source, Stage, dense, indexer_warmup, sparse
 from train.data.sources import n_ids, rows_of, validation_batches
@@ -36,6 +38,7 @@ from train.data.synthetic import Needles
 from train.evaluation import DEPTHS
 from train.initial import initial_params
 from train.measure.evaluate import indexer_quality, needle_accuracy, score
+from train.run_folder import CannotWrite
 from train.trainer import train
 
 Attention = Literal["dense", "sparse", "window"]
@@ -150,7 +153,7 @@ def run_seed(seed: int, budget: Budget, data: tuple[Source, ...], folder: Path, 
         params = train(run, of_seed / variant, console, jax.tree.map(np.asarray, base))
         attention = run.stages[-1].attention
         rows.append({"seed": seed, "variant": variant, "attention": attention, **judge(params, attention)})
-        (folder / f"seed{seed}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        write_text(folder / f"seed{seed}.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
         shown = {name: value for name, value in rows[-1].items() if name not in ("by_depth", "seed")}
         console.print(f"seed {seed}: {shown} ({time.perf_counter() - began:.0f} s)", soft_wrap=True)
 
@@ -269,15 +272,26 @@ def main(arguments: list[str] | None = None) -> int:
         budget = Budget(
             fact_steps=5, dense_steps=20, warmup_steps=5, variant_steps=5, batch=2, seq_len=256, n_facts=8
         )
-    data = sources(options.task, budget, options.data)
+
+    def start() -> int:
+        data = sources(options.task, budget, options.data)
+        # Each seed by itself: other processes may run other seeds into the same folder.
+        with outputs_locked(*(options.folder / f"seed{seed}.json" for seed in options.seeds)):
+            run_seeds(options.seeds, budget, data, options.folder)
+        return 0
+
+    return run_command("python -m train.measure.ablations", start, failures=(FloatingPointError, CannotWrite))
+
+
+def run_seeds(seeds: list[int], budget: Budget, data: tuple[Source, ...], folder: Path) -> None:
+    """Runs them one after the other, then writes the table and the picture of all seeds in the folder."""
     console = Console(highlight=False)
-    for seed in options.seeds:
-        run_seed(seed, budget, data, options.folder, console)
-    rows = read_rows(options.folder)
-    (options.folder / "ablations.md").write_text(table(rows) + "\n")
-    draw(rows, options.folder / "ablations.png")
+    for seed in seeds:
+        run_seed(seed, budget, data, folder, console)
+    rows = read_rows(folder)
+    write_text(folder / "ablations.md", table(rows) + "\n")
+    draw(rows, folder / "ablations.png")
     console.print(table(rows), soft_wrap=True)
-    return 0
 
 
 if __name__ == "__main__":

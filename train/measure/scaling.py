@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 
+from dsa_jax.commands.errors import run_command
+from dsa_jax.commands.outputs import outputs_locked, write_text
 from dsa_jax.config import ModelConfig
 from dsa_jax.sharding import AXES
 from train.config import MeshSpec, Run, Source, sparse
@@ -89,6 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4, help="steps, of which the first is not timed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
     options = parser.parse_args(arguments)
+
+    def start() -> int:
+        with outputs_locked(options.json):
+            return _run(options)
+
+    return run_command("python -m train.measure.scaling", start)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Prints and writes what was measured."""
     axes = {axis: getattr(options, axis) for axis in AXES}
     run = Run(
         model=large(),
@@ -111,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.json:
         about = {"device": device, "jax": jax.__version__, "mesh": axes, "rows": options.rows}
-        options.json.write_text(json.dumps(about | {"length": options.length} | found, indent=1) + "\n")
+        write_text(options.json, json.dumps(about | {"length": options.length} | found, indent=1) + "\n")
     return 0
 
 

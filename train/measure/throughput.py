@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsa_jax.commands.errors import run_command
+from dsa_jax.commands.outputs import outputs_locked, write_text
 from dsa_jax.config import ModelConfig
 from dsa_jax.transformer import Transformer
 from train.config import dense, sparse
@@ -183,6 +185,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--attentions", nargs="+", choices=["dense", "sparse"], default=["dense", "sparse"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
     options = parser.parse_args(arguments)
+
+    def measure() -> int:
+        with outputs_locked(options.json):
+            return _run(options)
+
+    return run_command("python -m train.measure.throughput", measure)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Prints a line per length and attention, and writes them as they come."""
     config = medium()
     about = {
         "device": jax.devices()[0].device_kind,
@@ -205,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rates = f"{row['tokens_per_s']:9.0f} tokens/s {row['flops_per_s'] / 1e12:6.1f} TFLOP/s"
             print(f"{name} {row['seconds']:7.3f} s {rates} {gib:6.1f} GiB", flush=True)
         if options.json:
-            options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+            write_text(options.json, json.dumps({**about, "rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -1,12 +1,12 @@
 """The folder of a run as its report reads it: config.json, metrics.jsonl and eval.jsonl of ``train.trainer``."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from train.metrics import EVAL_FILE, METRICS_FILE, read_lines
+from train.run_folder import read_description
 
 Line = dict[str, Any]
 
@@ -59,10 +59,7 @@ def read_run(folder: str | os.PathLike[str]) -> Record:
     metrics = read_lines(folder / METRICS_FILE)
     if not metrics:
         raise ValueError(f"{folder / METRICS_FILE} must have at least one step, has none yet")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    config = read_description(folder)
     evaluations = read_lines(folder / EVAL_FILE) if (folder / EVAL_FILE).is_file() else []
     return Record(name=folder.resolve().name, config=config, metrics=metrics, evaluations=evaluations)
 

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dsa_jax.checkpoint.lock import lock_folder
 from dsa_jax.commands.errors import run_command
+from dsa_jax.commands.outputs import write_text
 from train.reports.figures import FIGURES
 from train.reports.record import Line, Record, moment, read_run
 
@@ -20,10 +22,16 @@ def write_report(folder: str | os.PathLike[str]) -> list[Path]:
 
     Raises:
       ValueError: see ``read_run``.
+      BlockingIOError: another process writes a report into the same folder.
       NotImplementedError: matplotlib is not installed.
     """
     folder = Path(folder)
     record = read_run(folder)
+    with lock_folder(folder, ".report.lock"):  # not the run's own: a report may be written while it trains
+        return _write(record, folder)
+
+
+def _write(record: Record, folder: Path) -> list[Path]:
     sections, paths = [_summary(record)], []
     for title, table in (
         ("What each stage changed", _evaluation_table(record)),
@@ -39,7 +47,7 @@ def write_report(folder: str | os.PathLike[str]) -> list[Path]:
             figure.savefig(paths[-1], dpi=130)
             sections.append(f"![{name}]({name}.png)\n\n{caption}")
     report = folder / "report.md"
-    report.write_text("\n\n".join(sections) + "\n")
+    write_text(report, "\n\n".join(sections) + "\n")
     return [report, *paths]
 
 

@@ -158,7 +158,9 @@ def test_an_unfinished_conversion_is_refused_as_a_source(release, tmp_path, monk
 def test_a_second_process_is_refused(release, tmp_path) -> None:
     request = {"source": "a"}
     with Job(tmp_path / "out", request, ["dsa-jax"]):
-        with pytest.raises(BlockingIOError, match="another process is converting"):
+        with pytest.raises(
+            BlockingIOError, match=f"out is being written by process {os.getpid()} on .*; let it finish"
+        ):
             Job(tmp_path / "out", request, ["dsa-jax"])
 
 

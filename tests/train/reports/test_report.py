@@ -132,7 +132,9 @@ class TestBadFolders:
     def test_broken_json(self, tmp_path):
         write(tmp_path, metrics=metrics())
         (tmp_path / "config.json").write_text("{")
-        with pytest.raises(ValueError, match="config.json is not JSON"):
+        with pytest.raises(
+            ValueError, match="config.json is not valid JSON .*start the run again with its folder"
+        ):
             read_run(tmp_path)
 
     def test_the_command_reports_it_in_one_line(self, tmp_path, capsys):
