@@ -109,7 +109,7 @@ def write_errors_explained(
     except Exception as error:
         for cause in _causes(error):
             reason = why_not_written(cause, folder)
-            if reason and (str(folder) in str(cause) or str(folder.resolve()) in str(cause)):
+            if reason and _is_about(cause, folder):
                 if disk_full(cause):
                     size = f"a checkpoint needs {needed():,} bytes and " if needed() else ""
                     reason += f" ({size}{free_bytes(folder):,} are free)"
@@ -118,6 +118,13 @@ def write_errors_explained(
                     reason += "; put that right"
                 raise CannotWrite(f"{reason} and run the same command again: {kept()}") from error
         raise
+
+
+def _is_about(error: BaseException, folder: Path) -> bool:
+    """Whether the error names the folder, or is of an open file, which has no name: a run writes nowhere else."""
+    if isinstance(error, OSError) and error.filename is None and disk_full(error):
+        return True
+    return any(str(path) in str(error) for path in (folder, folder.resolve()))
 
 
 @contextlib.contextmanager
