@@ -122,9 +122,11 @@ def write_errors_explained(
 
 def _is_about(error: BaseException, folder: Path) -> bool:
     """Whether the error names the folder, or is of an open file, which has no name: a run writes nowhere else."""
-    if isinstance(error, OSError) and error.filename is None and disk_full(error):
-        return True
-    return any(str(path) in str(error) for path in (folder, folder.resolve()))
+    return _is_nameless(error) or any(str(path) in str(error) for path in (folder, folder.resolve()))
+
+
+def _is_nameless(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.filename is None and disk_full(error)
 
 
 @contextlib.contextmanager
@@ -151,7 +153,7 @@ def _libraries_silenced() -> Iterator[None]:
 
 def _is_no_failed_save(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    return not any(".orbax-checkpoint-tmp" in str(cause) for cause in _causes(error))
+    return not any(".orbax-checkpoint-tmp" in str(cause) or _is_nameless(cause) for cause in _causes(error))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
