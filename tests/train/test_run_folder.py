@@ -157,9 +157,10 @@ def limited_files():
     """The size that a file may reach can be set; writing beyond it then fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    jax.config.update("jax_enable_compilation_cache", False)  # or its files would be cut off too
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # or its files would be cut off too
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, previous)
 
