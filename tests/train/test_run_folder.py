@@ -179,6 +179,7 @@ def test_a_disk_that_fills_up_during_a_save_is_one_line_and_the_checkpoint_befor
     before_step[6] = fill
     assert trained_by_the_command(monkeypatch, folder) == 1
     limited_files(resource.RLIM_INFINITY)
+    before_step.clear()
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(
         f"python -m train: {folder} cannot be written: the limit on the size of a file is reached ("
