@@ -89,7 +89,7 @@ def test_a_thousand_steps_of_the_router_bias_are_a_thousand_steps():
     path = "params.moe_layers.ffn.gate_bias"
     flat = {path: jnp.full((1, 8), 3.0)}
     load = jnp.asarray([[0, 0, 0, 0, 9, 9, 9, 9]])
-    moved = jax.lax.fori_loop(0, 1000, lambda _, flat: move_router_bias(flat, load, 1e-3), flat)[path]
+    moved = jax.lax.fori_loop(0, 1000, lambda _, flat: move_router_bias(flat, load, 1e-3, CONFIG), flat)[path]
     np.testing.assert_allclose(moved, [[4.0] * 4 + [2.0] * 4], atol=1e-3)
     stored = traverse_util.flatten_dict(shapes_of("dense", None)[1], sep=".")
     assert stored[path].dtype == FLOAT32

@@ -37,9 +37,9 @@ def test_a_run_traces_the_step_of_each_stage_once(tmp_path, monkeypatch, stages,
     traced = []
     step = chex.assert_max_traces(train.step.train_step, n=len(stages))
 
-    def counted(state, batch, config, stage, lora_scale):
+    def counted(state, batch, config, stage, *options):
         traced.append(stage.name)
-        return step(state, batch, config, stage, lora_scale)
+        return step(state, batch, config, stage, *options)
 
     monkeypatch.setattr("train.step.train_step", counted)
     run_all(small_run(*stages, mesh=mesh, batch=8 if mesh else 2), tmp_path, Console(quiet=True))
