@@ -58,6 +58,7 @@ def curve(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     step = random.randrange(1, STEPS)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
