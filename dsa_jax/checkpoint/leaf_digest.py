@@ -25,7 +25,7 @@ _OFFSET = np.uint32(0x9E3779B9)
 _BLOCK = 2**19  # elements that NumPy works on at a time: its intermediate results then stay in the cache
 
 
-def leaf_digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
+def leaf_digests(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
     """Name -> digest of each array, computed where it is. With several processes all must call it together."""
     # One after the other: of programs that run at the same time, two processes may begin different ones first, and each
     # then waits for the other's part of the sum.
@@ -77,7 +77,11 @@ def _mix(x: Any) -> Any:
     return x ^ (x >> np.uint32(16))
 
 
-def _sums_where_it_is(array: jax.Array) -> Any:
+def _sums_where_it_is(array: jax.Array | np.ndarray) -> Any:
+    if isinstance(array, np.ndarray):
+        whole = PartialDigest(array.shape, array.dtype)
+        whole.add(array, (0,) * array.ndim)
+        return whole.sums
     on_cpu = all(device.platform == "cpu" for device in array.devices())
     if not (on_cpu and array.is_fully_addressable):
         return _sums_on(array.sharding.mesh if isinstance(array.sharding, NamedSharding) else None)(array)
