@@ -88,7 +88,8 @@ def described_run(folder: Path) -> Run:
         return from_json(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder / CONFIG_FILE} does not describe a run of `python -m train` ({type(error).__name__}: {error}); {_REMEDY}"
+            f"{folder / CONFIG_FILE} does not describe a run of `python -m train` "
+            f"({type(error).__name__}: {error}); {_REMEDY}"
         ) from error
 
 
