@@ -106,14 +106,16 @@ def dispatch_at_lowering(
         return _named(operation, implementations, implementation)(*args, **options)
     xla, backend = functools.partial(implementations["xla"], **options), jax.default_backend()
     kernels = {}
-    for platform, name in [("tpu", "mosaic_tpu"), *[("cuda", "mosaic_gpu")] * (backend == "gpu")]:
+    for platform, of_backend, name in (("tpu", "tpu", "mosaic_tpu"), ("cuda", "gpu", "mosaic_gpu")):
+        if name == "mosaic_gpu" and backend != "gpu":
+            continue
         _, reason = _attempt(
             implementations, name, lambda kernel: jax.eval_shape(functools.partial(kernel, **options), *args)
         )
         if reason is None:
             kernels[platform] = functools.partial(implementations[name], **options)
             continue
-        level = logging.WARNING if backend == {"cuda": "gpu"}.get(platform, platform) else logging.INFO
+        level = logging.WARNING if backend == of_backend else logging.INFO
         _log_once(level, f"{operation}: using 'xla' on {platform.upper()} too, because {reason}")
     return lax.platform_dependent(*args, **kernels, default=xla) if kernels else xla(*args)
 

@@ -6,6 +6,7 @@ Tried with jax 0.10.2, 0.11.2 and 0.12.0.1.
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -48,8 +49,6 @@ def cudnn_attention_gradient(
     The rule behind ``dot_product_attention`` is called itself: differentiating that function would run the forward
     pass again. 0.12 added arguments for a modified score, which is why they are given by name.
     """
-    import inspect
-
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     unused = jnp.zeros(0, q.dtype)

@@ -64,10 +64,7 @@ def _forward(rows, weights, group_sizes, n_blocks):
 def _backward(n_blocks, residuals, d_out):
     rows, weights, group_sizes = residuals
     d_rows = _product(d_out, weights, group_sizes, n_blocks, transposed=True)
-    plan = Plan(
-        rows=rows.shape[0], groups=weights.shape[0], common=weights.shape[1], columns=weights.shape[2],
-        transposed=False, n_blocks=n_blocks or n_multiprocessors(),
-    )  # fmt: skip
+    plan = _plan(rows, weights, n_blocks, transposed=False)
     ends = running_sum(group_sizes.astype(jnp.int32))
     return d_rows, mosaic_gpu_gradient.build(plan)(rows, d_out, ends), None
 
@@ -76,9 +73,11 @@ run.defvjp(_forward, _backward)
 
 
 def _product(rows, weights, group_sizes, n_blocks, *, transposed):
-    common, columns = weights.shape[1:][::-1] if transposed else weights.shape[1:]
-    plan = Plan(
-        rows=rows.shape[0], groups=weights.shape[0], common=common, columns=columns,
-        transposed=transposed, n_blocks=n_blocks or n_multiprocessors(),
-    )  # fmt: skip
+    plan = _plan(rows, weights, n_blocks, transposed)
     return mosaic_gpu_product.build(plan)(rows, weights, make_tasks(group_sizes, plan))
+
+
+def _plan(rows, weights, n_blocks, transposed):
+    groups, *widths = weights.shape
+    common, columns = reversed(widths) if transposed else widths
+    return Plan(rows.shape[0], groups, common, columns, transposed, n_blocks or n_multiprocessors())

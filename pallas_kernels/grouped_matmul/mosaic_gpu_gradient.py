@@ -33,6 +33,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_plan import (
     output,
 )
 from pallas_kernels.grouped_matmul.mosaic_gpu_product import drain, for_each, free_slot
+from pallas_kernels.hopper.launch import persistent_kernel
 from pallas_kernels.hopper.mosaic import pl, plgpu
 
 ROWS = CONSUMERS * SLAB  # of a tile
@@ -82,17 +83,12 @@ def build(plan: Plan) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
         pl.when(warpgroup < CONSUMERS)(lambda: _consume(plan, ends, out, scratch, warpgroup))
         pl.when(warpgroup == CONSUMERS)(lambda: _produce(plan, rows, d_out, ends, scratch))
 
-    return plgpu.kernel(
+    return persistent_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((plan.groups, plan.common, plan.columns), jnp.bfloat16),
-        scratch_types=[scratch],
-        grid=(plan.n_blocks,),
-        grid_names=("block",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        scratch=scratch,
+        n_blocks=plan.n_blocks,
+        warpgroups=CONSUMERS + 1,
     )
 
 

@@ -36,8 +36,8 @@ class Plan:
 
     @property
     def width(self) -> int:
-        """Columns of a tile of the output: as many as divide all columns."""
-        return next(width for width in (256, 128, 64) if self.columns % width == 0)
+        """Columns of a tile of the output, of which ``columns`` is a multiple."""
+        return 256 if self.columns % 256 == 0 else 128
 
     @property
     def tasks(self) -> int:

@@ -35,6 +35,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_plan import (
     operand,
     output,
 )
+from pallas_kernels.hopper.launch import persistent_kernel
 from pallas_kernels.hopper.mosaic import pl, plgpu
 
 SLABS = TASK_ROWS // SLAB
@@ -80,17 +81,12 @@ def build(plan: Plan) -> Callable[[jax.Array, jax.Array, Tasks], jax.Array]:
         pl.when(warpgroup < CONSUMERS)(lambda: _consume(plan, tasks, out, scratch, warpgroup))
         pl.when(warpgroup == CONSUMERS)(lambda: _produce(plan, rows, weights, tasks, scratch))
 
-    return plgpu.kernel(
+    return persistent_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((plan.rows, plan.columns), jnp.bfloat16),
-        scratch_types=[scratch],
-        grid=(plan.n_blocks,),
-        grid_names=("block",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        scratch=scratch,
+        n_blocks=plan.n_blocks,
+        warpgroups=CONSUMERS + 1,
     )
 
 
@@ -222,10 +218,9 @@ def free_slot(slots: Any, nth: int) -> Any:
 
     Every tile begins with slot 0, so its first columns wait for all copies of the tile before.
     """
-    if nth % OUT_SLOTS == nth:
-        if nth == 0:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    else:
+    if nth == 0:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    elif nth >= OUT_SLOTS:
         plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
     return slots.at[nth % OUT_SLOTS]
 

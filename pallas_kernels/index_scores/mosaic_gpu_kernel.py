@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hopper.launch import persistent_kernel
 from pallas_kernels.hopper.mosaic import pl, plgpu
 from pallas_kernels.index_scores.mosaic_gpu_plan import (
     BLOCK,
@@ -59,17 +60,12 @@ def build(plan: Plan) -> Callable[[Inputs], jax.Array]:
         pl.when(warpgroup < CONSUMERS)(functools.partial(_consume, block, warpgroup))
         pl.when(warpgroup == CONSUMERS)(functools.partial(_produce, block))
 
-    return plgpu.kernel(
+    return persistent_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((plan.B, plan.T, plan.S), jnp.float32),
-        scratch_types=[scratch_types(plan)],
-        grid=(plan.n_blocks,),
-        grid_names=("block",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        scratch=scratch_types(plan),
+        n_blocks=plan.n_blocks,
+        warpgroups=CONSUMERS + 1,
     )
 
 

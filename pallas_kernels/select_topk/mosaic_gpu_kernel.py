@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.hopper import thread_code as tc
+from pallas_kernels.hopper.launch import persistent_kernel
 from pallas_kernels.hopper.mosaic import plgpu
 from pallas_kernels.hopper.thread_code import Word
 
@@ -116,17 +117,12 @@ def build(plan: Plan) -> Callable[[Inputs], jax.Array]:
 
         select(*refs)
 
-    return plgpu.kernel(
+    return persistent_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((plan.rows, plan.k), jnp.int32),
-        scratch_types=[Scratch(*(plgpu.SMEM((words,), jnp.int32) for words in scratch_words(plan)))],
-        grid=(plan.n_blocks,),
-        grid_names=("block",),
-        num_threads=plan.teams.count * plan.teams.threads // 128,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        scratch=Scratch(*(plgpu.SMEM((words,), jnp.int32) for words in scratch_words(plan))),
+        n_blocks=plan.n_blocks,
+        warpgroups=plan.teams.count * plan.teams.threads // 128,
     )
 
 

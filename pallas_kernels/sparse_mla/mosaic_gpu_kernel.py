@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hopper.launch import persistent_kernel
 from pallas_kernels.hopper.mosaic import pl, plgpu
 from pallas_kernels.sparse_mla.mosaic_gpu_fp8 import HardwareFp8
 from pallas_kernels.sparse_mla.mosaic_gpu_hardware import Hardware
@@ -79,23 +80,17 @@ def build(plan: Plan) -> Callable[[Inputs], list[jax.Array]]:
         pl.when(warpgroup == 1)(functools.partial(_consume, block, 1))
         pl.when(warpgroup == 2)(functools.partial(_produce, block))
 
-    return plgpu.kernel(
+    return persistent_kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((plan.n_splits, plan.B * plan.T, plan.N, LATENT), plan.out_dtype),
             jax.ShapeDtypeStruct((plan.n_splits, plan.B * plan.T, plan.N), jnp.float32),
         ],
-        scratch_types=[scratch_types(plan)],
-        grid=(plan.blocks,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,  # rows are reduced within four lanes
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        scratch=scratch_types(plan),
+        n_blocks=plan.blocks,
+        warpgroups=3,
+        approx_math=True,
+        reduction_scratch_bytes=0,  # rows are reduced within four lanes
     )
 
 
