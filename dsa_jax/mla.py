@@ -213,7 +213,8 @@ def absorb_keys(
 ) -> Float[Array, "B T N C"]:
     """The queries in the latent space: q W_uk^T, where W_uk [C N P] is the part of wkv_b that makes keys."""
     keys = slice(None, config.qk_nope_head_dim)
-    return _absorb(("BTNP,CNP->BTNC", "BTNP,rNP->BTNr", "BTNr,Cr->BTNC"), q_nope, keys, parameters, config)
+    beside = ("b", "BTNP,rNP->BTNr"), ("a", "BTNr,Cr->BTNC")
+    return _absorb("BTNP,CNP->BTNC", beside, q_nope, keys, parameters, config)
 
 
 def absorb_values(
@@ -221,15 +222,22 @@ def absorb_values(
 ) -> Float[Array, "B T N H"]:
     """The values of latent outputs: out W_uv, where W_uv [C N H] is the part of wkv_b that makes values."""
     values = slice(config.qk_nope_head_dim, None)
-    return _absorb(("BTNC,CNH->BTNH", "BTNC,Cr->BTNr", "BTNr,rNH->BTNH"), out, values, parameters, config)
+    beside = ("a", "BTNC,Cr->BTNr"), ("b", "BTNr,rNH->BTNH")
+    return _absorb("BTNC,CNH->BTNH", beside, out, values, parameters, config)
 
 
 def _absorb(
-    equations: tuple[str, str, str], x: jax.Array, part: slice, parameters: Parameters, config: ModelConfig
+    equation: str,
+    beside: tuple[tuple[str, str], ...],
+    x: jax.Array,
+    part: slice,
+    parameters: Parameters,
+    config: ModelConfig,
 ) -> jax.Array:
-    """x times this part of each head's columns of wkv_b; beside it, x times its two factors if it has an adapter.
+    """x times this part of each head's columns of wkv_b, and of the product of its factors if it has an adapter.
 
-    equations: of the product with the weight, and of the two products with the adapter.
+    equation: of the product with the weight. beside: the adapter's factors in the order in which x meets them, each
+    with the equation of its product.
     """
     weight, head_dim = parameters["wkv_b"], config.qk_nope_head_dim + config.v_head_dim
 
@@ -237,10 +245,11 @@ def _absorb(
         return matrix.reshape(matrix.shape[0], -1, head_dim)[..., part]
 
     if not isinstance(weight, AdaptedWeight):
-        return jnp.einsum(equations[0], x, of_heads(as_matrix(weight, x.dtype)))
-    factors = (weight.a, of_heads(weight.b)) if "Cr" in equations[1] else (of_heads(weight.b), weight.a)
-    product = einsum(equations[0], x, of_heads(as_matrix(weight.weight, x.dtype)))
-    added = einsum(equations[2], einsum(equations[1], x.astype(jnp.float32), factors[0]), factors[1])
+        return jnp.einsum(equation, x, of_heads(as_matrix(weight, x.dtype)))
+    product = einsum(equation, x, of_heads(as_matrix(weight.weight, x.dtype)))
+    factors, added = {"a": weight.a, "b": of_heads(weight.b)}, x.astype(jnp.float32)
+    for name, of_factor in beside:
+        added = einsum(of_factor, added, factors[name])
     return (product + added).astype(x.dtype)
 
 

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax.adapted import AdaptedWeight
@@ -216,18 +217,18 @@ def _grouped_linear(
 ) -> Float[Array, "M Y"]:
     """``grouped_matmul`` in the dtype of rows, by weights that may be kept in FP8 and have adapters (``linear``)."""
 
-    def product(rows: jax.Array, weights: Array | Fp8Weight) -> jax.Array:
-        values, scales = (
-            (weights.values, weights.scales) if isinstance(weights, Fp8Weight) else (weights, None)
-        )
+    def product(rows: jax.Array, weights: Array | Fp8Weight, out_dtype: DTypeLike) -> jax.Array:
+        if isinstance(weights, Fp8Weight):
+            values, scales = weights.values, weights.scales
+        else:
+            values, scales = weights, None
         return grouped_matmul(rows, values, group_sizes, weight_scales=scales, out_dtype=out_dtype)
 
-    out_dtype = rows.dtype
     if not isinstance(weights, AdaptedWeight):
-        return product(rows, weights)
-    out_dtype = jnp.dtype(jnp.float32)
-    added = product(product(rows.astype(jnp.float32), weights.a), weights.b)
-    return (product(rows, weights.weight) + added).astype(rows.dtype)
+        return product(rows, weights, rows.dtype)
+    beside = product(rows.astype(jnp.float32), weights.a, jnp.float32)
+    added = product(beside, weights.b, jnp.float32)
+    return (product(rows, weights.weight, jnp.float32) + added).astype(rows.dtype)
 
 
 def _route_and_count(
