@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from dsa_jax.checkpoint.files import free_bytes
+from dsa_jax.checkpoint.files import first_line, free_bytes
 from dsa_jax.checkpoint.leaf_digest import leaf_digests
 from dsa_jax.checkpoint.run_digests import DIGESTS, FORMAT, differing, json_digest
 from train.config import Run, contradictions, to_json
@@ -100,7 +100,8 @@ class Checkpoints:
         faults: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                stored = self._description(step)
+                digests = self._digests(step)
+                stored = self._description(step, digests)
             except UNREADABLE as error:
                 faults[step] = self._fault(step, error)
                 continue
@@ -111,6 +112,7 @@ class Checkpoints:
                 )
             try:
                 restored = self._read(step, run, params, sharding)
+                self._check(step, restored, digests)
             except UNREADABLE as error:
                 faults[step] = self._fault(step, error)
                 continue
@@ -126,18 +128,18 @@ class Checkpoints:
     def _fault(self, step: int, error: Exception) -> str:
         """Why the step cannot be read. With several processes that ends the run: the others may have read the step."""
         if jax.process_count() == 1:
-            return _first_line(error)
+            return first_line(error)
         if isinstance(error, jax.errors.JaxRuntimeError):  # a process was lost; the step itself may be fine
             raise error
         raise ValueError(
             f"the checkpoint of step {step} in {self.path} cannot be read; move it away to resume from the "
-            f"step before it ({_first_line(error)})"
+            f"step before it ({first_line(error)})"
         ) from error
 
-    def _description(self, step: int) -> dict[str, Any]:
+    def _description(self, step: int, digests: dict[str, Any] | None) -> dict[str, Any]:
         """The run that wrote the step."""
         stored = self._json(step, "run")
-        if (digests := self._digests(step)) is not None:
+        if digests is not None:
             _refuse(differing(digests, "run", json_digest(stored)))
         return stored
 
@@ -165,12 +167,10 @@ class Checkpoints:
             found = self._manager.restore(step, args=items)
         opt_state = jax.tree.unflatten(tree, [found["opt_state"][str(i)] for i in range(len(leaves))])
         state = TrainState(step=sharding.replicated(step), params=found["params"], opt_state=opt_state)
-        self._check(step, state, found["data"])
         return Restored(state, found["data"])
 
-    def _check(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+    def _check(self, step: int, restored: Restored, digests: dict[str, Any] | None) -> None:
         """Raises ValueError, which names the leaves, if this is not what was saved."""
-        digests = self._digests(step)
         if digests is None:
             _logger.warning(
                 "the checkpoint of step %d in %s was saved without digests and is not checked",
@@ -178,8 +178,8 @@ class Checkpoints:
                 self.path,
             )
             return
-        wrong = differing(digests, "data", json_digest(data))
-        for item, found in _array_digests(state).items():
+        wrong = differing(digests, "data", json_digest(restored.data))
+        for item, found in _array_digests(restored.state).items():
             wrong += differing(digests, item, found)
         _refuse(wrong)
 
@@ -275,7 +275,3 @@ def _refuse(differing: list[str]) -> None:
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(f"{', '.join(differing[:3])}{more}: not what was saved, by the digest saved with it")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -97,6 +97,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())).free
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without the lines that follow; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def _error_number(error: BaseException) -> int | None:
     """tensorstore has no exceptions of its own for these: the text of its errors carries the number."""
     if isinstance(error, OSError):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from dsa_jax.checkpoint.files import read_json_object
+from dsa_jax.checkpoint.files import first_line, read_json_object
 from dsa_jax.checkpoint.pieces import Leaf
 from dsa_jax.config import Fp8Config, ModelConfig, YarnConfig
 
@@ -87,7 +87,7 @@ class OrbaxReader:
         try:
             values = array.read().result()
         except (ValueError, RuntimeError, OSError) as error:
-            raise ValueError(f"{self.path}: {'/'.join(leaf)} cannot be read: {_first_line(error)}") from error
+            raise ValueError(f"{self.path}: {'/'.join(leaf)} cannot be read: {first_line(error)}") from error
         self.bytes_read += values.nbytes
         return values
 
@@ -100,7 +100,7 @@ class OrbaxReader:
                 self._arrays[leaf] = ts.open(spec, open=True, context=self._context).result()
             except (ValueError, RuntimeError, OSError) as error:
                 raise ValueError(
-                    f"{self.path}: {'/'.join(leaf)} cannot be opened: {_first_line(error)}"
+                    f"{self.path}: {'/'.join(leaf)} cannot be opened: {first_line(error)}"
                 ) from error
         return self._arrays[leaf]
 
@@ -187,7 +187,3 @@ def _refuse_adapters(keys: list[Leaf], prefix: Leaf, leaves: Iterable[Leaf], pat
             f"{path} holds the base model and, beside it, {len(adapters)} leaves of LoRA adapters such as "
             f"{adapters[0]}; merge them with `python -m train.export {run} OUT` and read OUT"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:300]

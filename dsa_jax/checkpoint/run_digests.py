@@ -16,7 +16,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from dsa_jax.checkpoint.files import read_json_object
+from dsa_jax.checkpoint.files import first_line, read_json_object
 from dsa_jax.checkpoint.leaf_digest import PartialDigest
 from dsa_jax.checkpoint.orbax_folder import ORBAX_METADATA, array_store
 
@@ -136,7 +136,7 @@ class StepVerification:
 
     def _cannot_read(self, step: Path, what: str, error: Exception) -> None:
         self._unreadable.add((step, what))
-        self.faults.append(f"checkpoint of step {step.name}: {what} cannot be read ({_first_line(error)})")
+        self.faults.append(f"checkpoint of step {step.name}: {what} cannot be read ({first_line(error)})")
 
 
 def _read_json(step: Path, item: str) -> dict[str, Any]:
@@ -164,9 +164,8 @@ def _array_names(item: Path) -> list[str]:
             tables += [described, described := [entry["array_metadata"] for entry in described]]
             if unknown := {entry["param_name"] for entry in described} - set(names):
                 raise ValueError(f"{file} describes {unknown.pop()}, which is not in {item / ORBAX_METADATA}")
-        for table in filter(
-            None, tables
-        ):  # of equal rows, as Orbax writes them: one with other keys is damaged
+        # Orbax writes tables of equal rows: one with other keys is damaged.
+        for table in filter(None, tables):
             kinds: list[set[Any]] = [
                 {(key, type(value).__name__) for key, value in row.items()} for row in table
             ]
@@ -192,7 +191,3 @@ def _n_bytes(array: ts.TensorStore) -> int:
 
 def _context() -> ts.Context:
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dsa_jax.checkpoint.files import refuse_lfs_pointer
 from dsa_jax.commands.inputs import check_tokens, checked_folder, read_tokenizer, read_vectors
-from dsa_jax.commands.outputs import outputs_locked, progress_bar, write_text
+from dsa_jax.commands.outputs import outputs_locked, progress_bar, write_json, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +104,7 @@ class Compare:
                 "tokens": list(tokens.shape),
                 "config": dataclasses.asdict(config),
             }
-            write_text(self.json, json.dumps(run | json.loads(report.to_json()), indent=2) + "\n")
+            write_json(self.json, run | json.loads(report.to_json()), indent=2)
         return 1 if report.failures else 0
 
     def _tolerance(self) -> "Tolerance":

@@ -1,7 +1,6 @@
 """`dsa-jax generate`."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from dsa_jax.commands.inputs import (
     read_tokenizer,
     tokenizer_if_readable,
 )
-from dsa_jax.commands.outputs import outputs_locked, write_text
+from dsa_jax.commands.outputs import outputs_locked, write_json
 
 if TYPE_CHECKING:
     from dsa_jax.config import ModelConfig
@@ -104,7 +103,7 @@ class Generate:
                 "stop": list(stop),
                 "config": dataclasses.asdict(config),
             }
-            write_text(self.json, json.dumps(content, indent=2) + "\n")
+            write_json(self.json, content, indent=2)
         return 0
 
     def _config(self) -> "ModelConfig":

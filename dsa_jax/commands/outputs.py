@@ -1,9 +1,11 @@
 """What commands print and write beside their result: progress, memory, files."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -28,6 +30,11 @@ def write_text(path: Path, text: str) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode())
+
+
+def write_json(path: Path, content: Any, indent: int = 1) -> None:
+    """As ``write_text``, in JSON."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def peak_memory() -> int:

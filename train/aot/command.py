@@ -1,7 +1,6 @@
 """The command `dsa-jax aot` (`python -m train.aot`): reads the options, compiles, prints and writes."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import jax
 from rich.console import Console
 
 from dsa_jax.commands.errors import run_command
-from dsa_jax.commands.outputs import outputs_locked, write_text
+from dsa_jax.commands.outputs import outputs_locked, write_json
 from train.aot.chips import CHIPS
 from train.aot.choosing import Estimate, ranked
 from train.aot.compiling import child_environment
@@ -58,7 +57,7 @@ def run(options: Options, console: Console) -> int:
             "chip": dataclasses.asdict(job.chip),
             "results": results,
         }
-        write_text(options.json, json.dumps(content, indent=1) + "\n")
+        write_json(options.json, content)
     return 0 if results[0]["fits"] else 1
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from rich.console import Console
 
 from dsa_jax.commands.errors import run_command
-from dsa_jax.commands.outputs import outputs_locked, write_text
+from dsa_jax.commands.outputs import outputs_locked, write_json, write_text
 from dsa_jax.config import ModelConfig
 from train.config import Run, Source, Stage, dense, indexer_warmup, sparse
 from train.data.sources import n_ids, rows_of, validation_batches
@@ -153,7 +153,7 @@ def run_seed(seed: int, budget: Budget, data: tuple[Source, ...], folder: Path, 
         params = train(run, of_seed / variant, console, jax.tree.map(np.asarray, base))
         attention = run.stages[-1].attention
         rows.append({"seed": seed, "variant": variant, "attention": attention, **judge(params, attention)})
-        write_text(folder / f"seed{seed}.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        write_json(folder / f"seed{seed}.json", {"about": about, "rows": rows})
         shown = {name: value for name, value in rows[-1].items() if name not in ("by_depth", "seed")}
         console.print(f"seed {seed}: {shown} ({time.perf_counter() - began:.0f} s)", soft_wrap=True)
 

@@ -8,7 +8,6 @@ The losses are printed in full: for the same rows they match any other mesh up t
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 
 from dsa_jax.commands.errors import run_command
-from dsa_jax.commands.outputs import outputs_locked, write_text
+from dsa_jax.commands.outputs import outputs_locked, write_json
 from dsa_jax.config import ModelConfig
 from dsa_jax.sharding import AXES
 from train.config import MeshSpec, Run, Source, sparse
@@ -123,7 +122,7 @@ def _run(options: argparse.Namespace) -> int:
     )
     if options.json:
         about = {"device": device, "jax": jax.__version__, "mesh": axes, "rows": options.rows}
-        write_text(options.json, json.dumps(about | {"length": options.length} | found, indent=1) + "\n")
+        write_json(options.json, about | {"length": options.length} | found)
     return 0
 
 

@@ -7,7 +7,6 @@ times whole training steps of ``medium`` on the default device, with random weig
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.commands.errors import run_command
-from dsa_jax.commands.outputs import outputs_locked, write_text
+from dsa_jax.commands.outputs import outputs_locked, write_json
 from dsa_jax.config import ModelConfig
 from dsa_jax.transformer import Transformer
 from train.config import dense, sparse
@@ -217,7 +216,7 @@ def _run(options: argparse.Namespace) -> int:
             rates = f"{row['tokens_per_s']:9.0f} tokens/s {row['flops_per_s'] / 1e12:6.1f} TFLOP/s"
             print(f"{name} {row['seconds']:7.3f} s {rates} {gib:6.1f} GiB", flush=True)
         if options.json:
-            write_text(options.json, json.dumps({**about, "rows": rows}, indent=1) + "\n")
+            write_json(options.json, {**about, "rows": rows})
     return 0
 
 
