@@ -2,8 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,16 @@ JSON = BINARY | {
 def damage(path: Path, kind: str) -> None:
     """Damages the file."""
     JSON[kind](path)
+
+
+def cases(files: Mapping[str, tuple[Iterable[str], Mapping[str, Any]]]) -> list[tuple[str, str, str]]:
+    """(file, command, kind of damage) of each; files: file -> (kinds, the commands that read it)."""
+    return [
+        (file, command, kind)
+        for file, (kinds, commands) in files.items()
+        for command in commands
+        for kind in sorted(kinds)
+    ]
 
 
 def copied(folder: Path, to: Path) -> Path:

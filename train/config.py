@@ -53,9 +53,6 @@ class Stage:
                 raise ValueError(
                     f"stage {self.name!r} trains {self.trains!r}, so {name} must be positive, got {rate}"
                 )
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not 0 <= value < math.inf:
-                raise ValueError(f"stage {self.name!r} needs a finite {name} of at least 0, got {value}")
         if self.steps < 1 or self.lr_warmup < 0 or self.lr_warmup > self.steps:
             raise ValueError(
                 f"stage {self.name!r} needs steps >= 1 and 0 <= lr_warmup <= steps, got {self.steps}, {self.lr_warmup}"
@@ -64,7 +61,7 @@ class Stage:
             raise ValueError(
                 f"attention='window' uses no indexer, so trains must be 'model', got {self.trains!r}"
             )
-        check_numbers(self)
+        check_numbers(self, f"stage {self.name!r}: ")
 
 
 def dense(steps: int, lr: float, **changes: Any) -> Stage:

@@ -23,8 +23,11 @@ LIMITS: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 
 
-def check_numbers(described: Any) -> None:
-    """Raises ValueError for a field of the dataclass whose number is outside its limits, or NaN."""
+def check_numbers(described: Any, owner: str = "") -> None:
+    """Raises ValueError for a field of the dataclass whose number is outside its limits, or NaN.
+
+    owner: what the message begins with, where several of the kind are described.
+    """
     for field in dataclasses.fields(described):
         value = getattr(described, field.name)
         if field.name not in LIMITS or not isinstance(value, int | float):
@@ -32,7 +35,7 @@ def check_numbers(described: Any) -> None:
         least, most = LIMITS[field.name]
         if value < least:
             rule = "positive" if least == _POSITIVE[0] else f"at least {least:.0f}"
-            raise ValueError(f"{field.name} must be {rule}, got {value}")
+            raise ValueError(f"{owner}{field.name} must be {rule}, got {value}")
         if not (value <= most and value < math.inf):
             rule = "finite" if most == math.inf else "below 2**31"
             shown = (
@@ -40,4 +43,4 @@ def check_numbers(described: Any) -> None:
                 if abs(value) < 10**20 or isinstance(value, float)
                 else "an integer of more than 20 digits"
             )
-            raise ValueError(f"{field.name} must be {rule}, got {shown}")
+            raise ValueError(f"{owner}{field.name} must be {rule}, got {shown}")

@@ -57,9 +57,7 @@ def cross_entropy_per_token(
         out_axes=(*per_token, *vocab),
     )
     head, counted = gathered_matrix("head", head), targets >= 0
-    hidden = jnp.where(
-        counted[..., None], hidden, 0
-    )  # of the others nothing may reach the gradient of the head
+    hidden = jnp.where(counted[..., None], hidden, 0)  # the others reach no gradient of the head
     lse, highest, chosen = of_parts(hidden, head, jnp.arange(head.shape[1], dtype=jnp.int32), targets)
     chosen = chosen.sum(axis=-1)
     nats = jnp.where(counted, jax.nn.logsumexp(lse, axis=-1) - chosen, 0.0)

@@ -35,9 +35,7 @@ class JsonLines:
         if jax.process_index():
             return
         content = "".join(json.dumps(line) + "\n" for line in self.lines)
-        write_atomically(
-            path, content.encode()
-        )  # this also drops a last line that a killed process cut short
+        write_atomically(path, content.encode())  # without a last line that a killed process cut short
         self._file = path.open("a")
 
     def add(self, line: Mapping[str, Any]) -> None:

@@ -35,9 +35,8 @@ class RunSharding:
         self.mesh = make_mesh(**dataclasses.asdict(spec)) if spec else None
         self.rows: list[int] = list(range(run.batch))
         if self.mesh:
-            batch_sharding(
-                run.model, self.mesh, run.batch // run.accumulate, run.seq_len
-            )  # refuses parts of a row
+            # The mesh must divide each part of a batch too.
+            batch_sharding(run.model, self.mesh, run.batch // run.accumulate, run.seq_len)
             self._of_batch = batch_sharding(run.model, self.mesh, *self.shape)
             self.rows = rows_on(jax.local_devices(), self._of_batch, self.shape)
 

@@ -29,6 +29,7 @@ from train.config import Run, from_json, to_json
 from train.private_jax import process_allgather
 
 CONFIG_FILE = "config.json"
+_REMEDY = "start the run again with its folder, and training writes it anew"
 _SENTENCE_BYTES = 1000
 
 
@@ -91,9 +92,6 @@ def described_run(folder: Path) -> Run:
             f"{folder / CONFIG_FILE} does not describe a run of `python -m train` "
             f"({type(error).__name__}: {error}); {_REMEDY}"
         ) from error
-
-
-_REMEDY = "start the run again with its folder, and training writes it anew"
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import train.__main__ as training
 import train.aot as aot
 import train.data.prepare as preparing
 from dsa_jax.checkpoint import write_hf
-from tests.damage import ANY_FILE, BINARY, JSON, copied, damage, the_one_line
+from tests.damage import ANY_FILE, BINARY, JSON, cases, copied, damage, the_one_line
 from tests.train.data.test_prepare import END, TEXTS, glm_tokenizer
 from tests.train.small import CONFIG, initial
 
@@ -79,15 +79,9 @@ FILES: dict[str, tuple[Iterable[str], dict[str, Command]]] = {
     "hf/config.json": (JSON, {"train": init_from, "aot": aot_of("hf"), "aot of a file": aot_of("hf/config.json")}),
     "hf/model.safetensors": (set(BINARY) - set(ANY_FILE), {"train": init_from}),
 }  # fmt: skip
-CASES = [
-    (file, command, kind)
-    for file, (kinds, commands) in FILES.items()
-    for command in commands
-    for kind in sorted(kinds)
-]
 
 
-@pytest.mark.parametrize(("file", "command", "kind"), CASES)
+@pytest.mark.parametrize(("file", "command", "kind"), cases(FILES))
 def test_a_damaged_file_is_one_sentence_with_its_path(inputs, tmp_path, capsys, file, command, kind) -> None:
     root = copied(inputs, tmp_path / "root")
     damage(root / file, kind)

@@ -118,9 +118,8 @@ def _of_files(tokenizer: Any, folder: Path) -> dict[str, list[int]]:
     values = read_json_object(file) if file.exists() else {}
     for role in ROLES:
         value = values.get(f"{role}_token_id")
-        token = (
-            value[0] if isinstance(value, list) and value else value
-        )  # of several the first ends a document
+        # Of several the first ends a document.
+        token = value[0] if isinstance(value, list) and value else value
         if value is None:
             continue
         if type(token) is not int or not 0 <= token < 2**32 or tokenizer.id_to_token(token) is None:

@@ -14,7 +14,7 @@ from dsa_jax.checkpoint import convert, write_hf
 from dsa_jax.commands.cli import main
 from dsa_jax.config import tiny
 from dsa_jax.transformer import Transformer
-from tests.damage import BINARY, JSON, copied, damage, the_one_line
+from tests.damage import BINARY, JSON, cases, copied, damage, the_one_line
 
 Command = Callable[[Path], list[str]]
 
@@ -113,15 +113,9 @@ FILES: dict[str, tuple[Iterable[str], dict[str, Command]]] = {
     "orbax/hf/tokenizer.json": (set(JSON) - {"missing", "a folder"}, {"generate": generate("orbax", "--prompt", "1")}),
     "orbax/manifest.ocdbt": (BINARY, {"convert": conversion("orbax"), "generate": generate("orbax")}),
 }  # fmt: skip
-CASES = [
-    (file, command, kind)
-    for file, (kinds, commands) in FILES.items()
-    for command in commands
-    for kind in sorted(kinds)
-]
 
 
-@pytest.mark.parametrize(("file", "command", "kind"), CASES)
+@pytest.mark.parametrize(("file", "command", "kind"), cases(FILES))
 def test_a_damaged_file_is_one_sentence_with_its_path(folders, tmp_path, capsys, file, command, kind) -> None:
     root = copied(folders, tmp_path / "root")
     damage(root / file, kind)
